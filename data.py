@@ -1,0 +1,615 @@
+"""
+Instruction/response pairs -> tokens -> memory-mapped bins, and the loader that packs them into rows.
+
+    python data.py                                   # the embedded word problems -> data/problems
+    python data.py config/gsm8k.py                   # GSM8K from the Hugging Face hub -> data/gsm8k
+    python data.py --dataset=mine --source=pairs.jsonl --tokenizer=gpt2
+
+A document is `boq, condition tags, instruction, eoq | response, eoa`; the part before the bar is its prefix.
+data/<dataset>/ holds, per split, <split>.bin (the ids of all documents back to back, uint16 or uint32) and <split>.idx
+(two int64 per document: where it ends in the bin, and the length of its prefix), then meta.json and tokenizer.tiktoken.
+"""
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import IGNORE
+
+# ----------------------------------------------------------------------------------------------------
+# tokenizers: tiktoken Encodings with seven special tokens
+
+SPECIAL = {  # as in the published model
+    "boq": "<|im_start|>",
+    "eoq": "<|im_end|>",
+    "eoa": "<|box_end|>",
+    "direct": "<|object_ref_start|>",
+    "cot": "<|object_ref_end|>",
+    "noisy": "<|quad_start|>",
+    "synth": "<|quad_end|>",
+}
+CONDITIONS = ("direct", "cot", "noisy", "synth")
+SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words, single digits, punctuation, space: no merge crosses
+
+
+def build_encoding(name, ranks, pat_str, special=None):
+    """A tiktoken Encoding of these byte ranks, with our special tokens after the last id where it lacks them."""
+    import tiktoken
+
+    special = dict(special or {})
+    free = max([*ranks.values(), *special.values()]) + 1
+    for text in SPECIAL.values():
+        if text not in special:
+            special[text] = free
+            free += 1
+    return tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_ranks(path):
+    """{bytes: rank} from a BPE file in tiktoken's format: a line is a base64 token and its rank."""
+    try:
+        pairs = (line.split() for line in Path(path).read_bytes().splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise ValueError(f"{path} is not a BPE file in tiktoken's format (base64 token, space, rank)") from None
+
+
+def train_ranks(texts, vocab_size, pat_str):
+    """{bytes: rank} of a byte-level BPE trained on texts, so that with the special tokens it has vocab_size ids."""
+    try:
+        import rustbpe
+    except ImportError:
+        raise ValueError("to train a tokenizer, pip install rustbpe") from None
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size - len(SPECIAL), pattern=pat_str)
+    return {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
+
+
+def make_encoding(tokenizer, pat_str="", texts=None):
+    """
+    An Encoding from a setting: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids, trained on texts),
+    a BPE file in tiktoken's format, or the name of a tiktoken encoding.
+    """
+    if tokenizer == "bytes":
+        return build_encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]")
+    if tokenizer.startswith("train:"):
+        size = tokenizer.removeprefix("train:")
+        if not size.isdecimal() or int(size) < 256 + len(SPECIAL):
+            raise ValueError(f"tokenizer={tokenizer}: write train: and a vocabulary size of at least {256 + len(SPECIAL)}")
+        pat_str = pat_str or SPLIT
+        return build_encoding(tokenizer, train_ranks(texts, int(size), pat_str), pat_str)
+    if os.path.exists(tokenizer):
+        return build_encoding(Path(tokenizer).stem, read_ranks(tokenizer), pat_str or SPLIT)
+    import tiktoken
+
+    if tokenizer not in tiktoken.list_encoding_names():
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ValueError(f"tokenizer={tokenizer} is neither 'bytes', 'train:N', a file, nor one of tiktoken's: {known}")
+    known = tiktoken.get_encoding(tokenizer)
+    return build_encoding(tokenizer, known._mergeable_ranks, known._pat_str, known._special_tokens)
+
+
+def save_encoding(encoding, directory):
+    """Write the ranks to directory/tokenizer.tiktoken; returns the rest, for meta.json."""
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+    Path(directory, "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    return {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+
+
+def load_encoding(directory):
+    """The Encoding that save_encoding() and meta.json describe: that of a dataset, or of a training run's out_dir."""
+    meta = read_meta(directory)["tokenizer"]
+    ranks = read_ranks(Path(directory, "tokenizer.tiktoken"))
+    return build_encoding(meta["name"], ranks, meta["pat_str"], meta["special_tokens"])
+
+
+def read_meta(directory):
+    path = Path(directory, "meta.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# the document format
+
+
+def special_id(encoding, role):
+    return encoding._special_tokens[SPECIAL[role]]
+
+
+def condition_ids(encoding, condition):
+    """The ids of condition tags such as "cot" or "synth,cot", in the order written; none for ""."""
+    tags = [tag.strip() for tag in condition.split(",") if tag.strip()]
+    for tag in tags:
+        if tag not in CONDITIONS:
+            raise ValueError(f"unknown condition '{tag}'; the conditions are {', '.join(CONDITIONS)}")
+    return [special_id(encoding, tag) for tag in tags]
+
+
+def make_prefix(encoding, condition, instruction_ids):
+    """The part of a document that the model is given: training, sampling and evaluation all build it here."""
+    start, end = special_id(encoding, "boq"), special_id(encoding, "eoq")
+    return [start, *condition_ids(encoding, condition), *instruction_ids, end]
+
+
+def encode_prompt(encoding, instruction, condition=""):
+    """Text -> ids of a prefix. Text that spells a special token is plain text here, never control."""
+    return make_prefix(encoding, condition, encoding.encode_ordinary(instruction))
+
+
+# ----------------------------------------------------------------------------------------------------
+# an embedded source: word problems
+
+NAMES = "Tom Anna Ben Mia Sam Lucy Omar Kate Leo Nina Max Ella Raj Zoe Hugo Ivy Paul Rosa Finn Mei".split()
+THINGS = "apples books coins pens cards shells stamps eggs cakes balls stars nuts plums kites rings".split()
+# Each: (the problem, its steps). A step takes two of the numbers a, b, c or, as x, the result of the step before.
+PROBLEMS = [
+    ("{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?", "a+b"),
+    ("{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?", "a+b"),
+    ("{n} had {a} {t} and gave {b} to {m}. How many {t} does {n} have left?", "a-b"),
+    ("There are {a} {t} in a box. {n} takes {b} of them. How many {t} are still in the box?", "a-b"),
+    ("{n} has {a} bags with {b} {t} in each bag. How many {t} does {n} have?", "a*b"),
+    ("One box holds {b} {t}. How many {t} are there in {a} boxes?", "a*b"),
+    ("{n} shares {a} {t} equally among {b} friends. How many {t} does each friend get?", "a/b"),
+    ("{n} puts {a} {t} into bags of {b}. How many bags does {n} need?", "a/b"),
+    ("{n} has {a} {t}, buys {b} more and then gives {c} to {m}. How many {t} does {n} have now?", "a+b x-c"),
+    ("{n} had {a} {t}, lost {b} of them and found {c} others. How many {t} does {n} have now?", "a-b x+c"),
+    ("{n} has {a} bags of {b} {t} and {c} more. How many {t} does {n} have in all?", "a*b x+c"),
+    ("{n} buys {a} packs of {b} {t} and gives {c} {t} to {m}. How many {t} are left?", "a*b x-c"),
+    ("{n} shares {a} {t} equally among {b} boxes and adds {c} to one box. How many {t} are in that box?", "a/b x+c"),
+    ("{n} has {a} {t} and {m} has {b}. They share all of them among {c} friends. How many {t} does each friend get?", "a+b x/c"),
+]
+OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+
+
+def held_out(a, operation, b):
+    """One calculation in ten is kept from training. Fixed: it depends on no seed and no order."""
+    return zlib.crc32(f"{a}{operation}{b}".encode()) % 10 == 0
+
+
+def word_problems(split, n, seed):
+    """
+    n grade-school word problems, as {"instruction", "response", "condition"}; the response works the steps out and ends
+    in "#### answer". A problem of the "val" split has a calculation that no problem of the "train" split contains.
+    """
+    rng = random.Random(f"{split} {seed}")
+    while n > 0:
+        text, steps = rng.choice(PROBLEMS)
+        number = {"a": rng.randint(2, 50), "b": rng.randint(2, 50), "c": rng.randint(2, 20)}
+        if "*" in steps:
+            number["a"], number["b"] = rng.randint(2, 10), rng.randint(2, 10)
+        if "/" in steps:
+            divisor = "b" if "a/b" in steps else "c"
+            number[divisor] = rng.randint(2, 10)
+            whole = number[divisor] * rng.randint(2, 10)
+            number["a"] = whole - number["b"] if divisor == "c" else whole
+        working, unseen, lowest = [], False, 1
+        for left, operation, right in steps.split():
+            x = OPERATIONS[operation](number[left], number[right])
+            working.append(f"{number[left]}{operation}{number[right]}={x}")
+            unseen |= held_out(number[left], operation, number[right])
+            number["x"], lowest = x, min(lowest, x)
+        if number["a"] < 2 or lowest < 1 or unseen != (split == "val"):
+            continue
+        name, other = rng.sample(NAMES, 2)
+        instruction = text.format(n=name, m=other, t=rng.choice(THINGS), **number)
+        yield {"instruction": instruction, "response": "\n".join([*working, f"#### {x}"]), "condition": "cot"}
+        n -= 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# other sources: the hub, and local files
+
+
+def read_rows(source, config="", split="train"):
+    """
+    Rows of a source, as (where, dict) with `where` for messages. The source is a .jsonl, .json or .parquet file, a
+    directory with files named after the split, or a dataset on the Hugging Face hub. A line of JSON that cannot be read
+    yields (where, None).
+    """
+    path = Path(source)
+    files = sorted(path.glob(f"{split}*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if files:  # read here and not by datasets, so that a bad line is known by its number
+        for file in files:
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not line.isspace():
+                        try:
+                            row = json.loads(line)
+                        except ValueError:
+                            row = None
+                        yield f"{file}, line {number}", row if isinstance(row, dict) else None
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"to read {source}, pip install datasets") from None
+    try:
+        if path.is_file():
+            rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(source, config or None, split=split)
+    except Exception as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"cannot load the dataset {source}, split {split}: {type(e).__name__}: {reason}") from None
+    for number, row in enumerate(rows):
+        yield f"{source} {split}, row {number}", row
+
+
+def to_pair(row, fields, condition, answer, strip_annotations):
+    """
+    A source's row -> (instruction, response, condition), or a text that says what is wrong with it. `answer` is for
+    GSM8K's form, a working that ends in "#### N": "cot" keeps all of it, "direct" only N; each also sets the condition.
+    """
+    if row is None:
+        return "not a JSON object"
+    pair = [row.get(fields[key]) for key in ("instruction", "response")]
+    for key, text in zip(("instruction", "response"), pair):
+        if not isinstance(text, str):
+            return f"no text in the field '{fields[key]}'"
+        if not text.strip():
+            return f"empty {key}"
+    instruction, response = pair
+    if strip_annotations:
+        response = re.sub(r"<<[^<>]*>>", "", response)
+    if answer and "####" not in response:
+        return "no #### answer"
+    if answer == "direct":
+        response = response.rpartition("####")[2].strip()
+    return instruction, response, row.get(fields["condition"]) or condition or answer
+
+
+# ----------------------------------------------------------------------------------------------------
+# preparing a dataset
+
+
+class SplitWriter:
+    """Writes one split's bin and index, and counts what goes in and what does not."""
+
+    def __init__(self, directory, split, encoding, block_size, too_long):
+        self.bin, self.idx = (open(Path(directory, f"{split}.{kind}"), "wb") for kind in ("bin", "idx"))
+        self.encoding, self.block_size, self.too_long = encoding, block_size, too_long
+        self.dtype = token_dtype(encoding.n_vocab)
+        self.end = 0
+        self.lengths = []
+        self.counts = {"documents": 0, "tokens": 0, "prefix_tokens": 0, "conditions": {}, "truncated": 0, "dropped": {}}
+
+    def drop(self, why):
+        self.counts["dropped"][why] = self.counts["dropped"].get(why, 0) + 1
+
+    def write(self, pairs, threads):
+        """Encode and append (instruction, response, condition) tuples."""
+        texts = [text for instruction, response, _ in pairs for text in (instruction, response)]
+        ids = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        eoa, most = special_id(self.encoding, "eoa"), self.block_size + 1  # the last token of a document is never input
+        tokens, index = [], []
+        for instruction_ids, response_ids, (_, _, condition) in zip(ids[::2], ids[1::2], pairs):
+            prefix = make_prefix(self.encoding, condition, instruction_ids)
+            document = [*prefix, *response_ids, eoa]
+            if len(document) > most:
+                if self.too_long == "drop" or len(prefix) >= most:
+                    self.drop("too long" if len(prefix) < most else "instruction too long")
+                    continue
+                document = document[:most]  # no eoa: the model is not to learn to stop where we cut
+                self.counts["truncated"] += 1
+            tokens += document
+            index.append((self.end + len(tokens), len(prefix)))
+            self.counts["conditions"][condition] = self.counts["conditions"].get(condition, 0) + 1
+            self.counts["prefix_tokens"] += len(prefix)
+        self.bin.write(np.array(tokens, dtype=self.dtype).tobytes())
+        self.idx.write(np.array(index, dtype=np.int64).tobytes())
+        self.end += len(tokens)
+        self.counts["documents"] += len(index)
+        self.counts["tokens"] = self.end
+
+    def close(self):
+        self.bin.close()
+        self.idx.close()
+
+
+def token_dtype(vocab_size):
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def read_index(directory, split):
+    """(n, 2) int64: where each document ends in the bin, and the length of its prefix."""
+    path = Path(directory, f"{split}.idx")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: prepare the dataset with data.py")
+    return np.memmap(path, dtype="<i8", mode="r").reshape(-1, 2) if path.stat().st_size else np.zeros((0, 2), np.int64)
+
+
+def batched(items, n):
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == n:
+            yield batch
+            batch = []
+    yield batch
+
+
+def prepare(
+    directory,
+    source="problems",
+    source_config="",
+    split="train",
+    val_split="",
+    val_fraction=0.01,
+    fields=None,
+    condition="",
+    answer="",
+    strip_annotations=False,
+    skip_bad=False,
+    n_problems=40000,
+    tokenizer="bytes",
+    pat_str="",
+    block_size=4096,
+    too_long="truncate",
+    threads=0,
+    seed=1337,
+):
+    """
+    Make a dataset from a source; the settings are those listed at the end of this file. It is written to
+    <directory>.part and renamed when complete, so that what stands under `directory` is never half made.
+    Returns meta.json's content. Raises ValueError or OSError, in one sentence that names the row, on bad input.
+    """
+    directory, part = Path(directory), Path(f"{directory}.part")
+    if directory.exists() and not (directory / "meta.json").exists():
+        raise ValueError(f"{directory} exists and is no prepared dataset; choose another name with --dataset")
+    if too_long not in ("truncate", "drop") or answer not in ("", "cot", "direct"):
+        raise ValueError(f"too_long is truncate or drop, and answer is cot, direct or empty; not '{too_long}', '{answer}'")
+    made = {k: v for k, v in locals().items() if k not in ("directory", "part", "threads", "pat_str")}
+    fields = {"instruction": "instruction", "response": "response", "condition": "condition", **(fields or {})}
+
+    def rows():
+        """(split, where, row) of the whole source."""
+        if source == "problems":
+            for name, n in ("train", n_problems), ("val", max(n_problems // 40, 1)):
+                yield from ((name, f"{name} problem {i}", row) for i, row in enumerate(word_problems(name, n, seed)))
+        elif val_split:
+            for name, of in ("train", split), ("val", val_split):
+                yield from ((name, where, row) for where, row in read_rows(source, source_config, of))
+        else:
+            rng = random.Random(seed)
+            for where, row in read_rows(source, source_config, split):
+                yield "val" if rng.random() < val_fraction else "train", where, row
+
+    def pairs():
+        """(split, pair), or (split, text) for a bad row that is to be skipped."""
+        for name, where, row in rows():
+            pair = to_pair(row, fields, condition, answer, strip_annotations)
+            if isinstance(pair, str) and not skip_bad:
+                raise ValueError(f"{where}: {pair}; --skip_bad=True leaves such rows out")
+            yield name, pair
+
+    texts = (text for name, pair in pairs() if name == "train" and isinstance(pair, tuple) for text in pair[:2])
+    encoding = make_encoding(tokenizer, pat_str, texts)
+    threads = threads or os.cpu_count()
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    writers = {name: SplitWriter(part, name, encoding, block_size, too_long) for name in ("train", "val")}
+    with tqdm(desc=f"preparing {directory}", unit=" documents") as bar:
+        for batch in batched(pairs(), 2000):
+            for name, writer in writers.items():
+                mine = [pair for of, pair in batch if of == name]
+                for why in (pair for pair in mine if isinstance(pair, str)):
+                    writer.drop(why)
+                writer.write([pair for pair in mine if isinstance(pair, tuple)], threads)
+            bar.update(len(batch))
+    for name, writer in writers.items():
+        writer.close()
+        lengths = np.diff(read_index(part, name)[:, 0], prepend=0)
+        points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+        writer.counts["length"] = {k: int(np.percentile(lengths, p)) for k, p in points.items()} if len(lengths) else {}
+    if not writers["train"].counts["documents"]:
+        shutil.rmtree(part)
+        raise ValueError(f"{source} holds no document to train on")
+    meta = {
+        "vocab_size": encoding.n_vocab,
+        "dtype": token_dtype(encoding.n_vocab).name,
+        "tokenizer": save_encoding(encoding, part),
+        "splits": {name: writer.counts for name, writer in writers.items()},
+        "made": made,
+    }
+    Path(part, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    if directory.exists():
+        shutil.rmtree(directory)
+    part.rename(directory)
+    return meta
+
+
+def report(directory, meta):
+    """What went into a dataset, as text."""
+    name = meta["tokenizer"]["name"]
+    lines = [f"{directory}: tokenizer {name}, {meta['vocab_size']:,} ids, stored as {meta['dtype']}"]
+    for split, c in meta["splits"].items():
+        response = c["tokens"] - c["prefix_tokens"]
+        share = f" ({c['prefix_tokens']:,} prefix, {response:,} response)"
+        lines.append(f"  {split}: {c['documents']:,} documents, {c['tokens']:,} tokens{share}")
+        if c["length"]:
+            lines.append("    tokens per document: " + ", ".join(f"{k} {v:,}" for k, v in c["length"].items()))
+        lines.append("    conditions: " + (", ".join(f"{k or 'none'} {v:,}" for k, v in c["conditions"].items()) or "none"))
+        dropped = ", ".join(f"{v:,} ({k})" for k, v in c["dropped"].items()) or "0"
+        lines.append(f"    truncated: {c['truncated']:,}; dropped: {dropped}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------
+# the packing loader
+
+
+class Batch(NamedTuple):
+    """One rank's rows of a step, each (rows, T), and two counts over the whole step, all ranks included."""
+
+    idx: torch.Tensor  # int64 tokens, 0 in padding
+    targets: torch.Tensor  # int64, IGNORE in prefixes and padding
+    doc: torch.Tensor  # int64 number of the document within its row, -1 in padding
+    prefix: torch.Tensor  # bool
+    n_targets: int
+    n_tokens: int
+
+
+class Loader:
+    """
+    Iterates over steps of `rows` rows of `block_size` tokens, packed from whole documents.
+
+    An epoch is a seeded permutation of the documents. A step's rows are filled from a pool of the next documents of the
+    permutation; what is left in the pool waits for the next step, so every document is seen exactly once per epoch.
+    The plan depends on seed, rows and block_size only: rank r takes its share of the same rows. `epochs` limits the
+    passes (the last step may then hold padding); without, the stream has no end and epochs overlap by a few documents.
+    `state` (plain integers, for checkpoints) is that after the last step taken.
+    """
+
+    SPARE = 128  # documents to choose from beyond those a step can hold
+
+    def __init__(self, directory, split, rows, block_size, seed=0, rank=0, world_size=1, epochs=None, state=None):
+        meta = read_meta(directory)
+        if rows % world_size:
+            raise ValueError(f"a step's {rows} rows cannot be shared equally by {world_size} ranks")
+        index = read_index(directory, split)
+        self.ends, self.prefixes = index[:, 0], index[:, 1]
+        self.starts = np.concatenate(([0], self.ends[:-1])).astype(np.int64)
+        self.lengths = (self.ends - self.starts - 1).astype(np.int32)  # input tokens: all of a document but its last
+        self.fitting = np.flatnonzero(self.lengths <= block_size)  # all, unless prepared for a larger block_size
+        self.left_out = len(self.lengths) - len(self.fitting)
+        if not len(self.fitting):
+            raise ValueError(f"{directory}: no document of the {split} split fits into block_size = {block_size} tokens")
+        self.tokens = np.memmap(Path(directory, f"{split}.bin"), dtype=meta["dtype"], mode="r")
+        self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
+        self.mine = slice(rank * (rows // world_size), (rank + 1) * (rows // world_size))
+        self.state = state or {"epoch": 0, "cursor": 0, "waiting": []}
+        self.order = self._permutation(self.state["epoch"])
+
+    def _permutation(self, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(self.fitting)
+
+    def _pool(self):
+        """
+        The documents a step may take, oldest first, as (pool, epoch, cursor): those that waited, then the next of the
+        permutation, to what the rows hold and about SPARE documents more.
+        """
+        epoch, cursor, waiting = (self.state[key] for key in ("epoch", "cursor", "waiting"))
+        pool = [np.array(waiting, dtype=np.int64)]
+        want = self.n_rows * self.block_size + self.SPARE * self.lengths[self.fitting[:100000]].mean()
+        tokens = self.lengths[pool[0]].sum()
+        while tokens < want and (self.epochs is None or epoch < self.epochs):
+            pool.append(self.order[cursor : cursor + 64])
+            tokens += self.lengths[pool[-1]].sum()
+            cursor += len(pool[-1])
+            if cursor == len(self.order):
+                epoch, cursor = epoch + 1, 0
+                self.order = self._permutation(epoch)
+        return np.concatenate(pool), epoch, cursor
+
+    def _plan(self):
+        """The step's rows, each a list of documents; moves the state on. Raises StopIteration after the last epoch."""
+        pool, epoch, cursor = self._pool()
+        if not len(pool):
+            raise StopIteration
+        lengths, free = self.lengths[pool], np.ones(len(pool), dtype=bool)
+        rows = []
+        for _ in range(self.n_rows):
+            row, room = [], self.block_size
+            while True:
+                near = np.flatnonzero(free)[: self.SPARE]  # the oldest; the very oldest always opens a row
+                near = near[lengths[near] <= room]
+                if not len(near):
+                    break
+                if not row or room - lengths[near[0]] >= 2 * lengths[near].mean():
+                    chosen = near[:1]
+                else:  # little room is left: close it with the one or two documents that fill it best
+                    chosen = best_fit(near, lengths[near], room)
+                free[chosen] = False
+                row.extend(chosen)
+                room -= lengths[chosen].sum()
+            rows.append(pool[row])
+        self.state = {"epoch": epoch, "cursor": cursor, "waiting": pool[free].tolist()}
+        return rows
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rows = self._plan()
+        documents = np.concatenate(rows)
+        n_tokens = int(self.lengths[documents].sum())
+        n_targets = n_tokens + len(documents) - int(self.prefixes[documents].sum())
+        rows = rows[self.mine]
+        shape = (len(rows), self.block_size)
+        idx, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        doc, prefix = np.full(shape, -1, np.int64), np.zeros(shape, bool)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, d in enumerate(row):
+                document = self.tokens[self.starts[d] : self.ends[d]]
+                end, response = start + len(document) - 1, start + self.prefixes[d]
+                idx[r, start:end] = document[:-1]
+                targets[r, response - 1 : end] = document[self.prefixes[d] :]  # eoq predicts the response's first token
+                doc[r, start:end] = number
+                prefix[r, start:response] = True
+                start = end
+        return Batch(*(torch.from_numpy(a) for a in (idx, targets, doc, prefix)), n_targets, n_tokens)
+
+
+def best_fit(items, lengths, room):
+    """The one or two of `items` whose lengths come nearest to room without exceeding it. Each alone must fit."""
+    order = np.argsort(lengths, kind="stable")
+    items, lengths = items[order], lengths[order]
+    longest = len(items) - 1
+    partner = np.minimum(np.searchsorted(lengths, room - lengths, side="right") - 1, np.arange(len(items)) - 1)
+    total = np.where(partner >= 0, lengths + lengths[partner], 0)
+    best = int(total.argmax())
+    if total[best] > lengths[longest]:
+        return items[[best, partner[best]]]
+    return items[[longest]]
+
+
+# ----------------------------------------------------------------------------------------------------
+# the script
+
+if __name__ == "__main__":
+    from configurator import configure
+
+    dataset = "problems"  # the name of what is made: data/<dataset>
+    source = "problems"  # embedded word problems, or a hub id, or a .jsonl, .json or .parquet file, or a directory of them
+    source_config = ""  # the hub dataset's configuration
+    split = "train"  # of the source
+    val_split = ""  # of the source; "": val_fraction of the documents of split
+    val_fraction = 0.01  # drawn at random by seed
+    fields = {"instruction": "instruction", "response": "response", "condition": "condition"}  # their names in the source
+    condition = ""  # of rows that have none: direct, cot, synth, noisy, or several, as synth,cot
+    answer = ""  # responses end in "#### N": "cot" keeps the working, "direct" only N; both become the condition
+    strip_annotations = False  # drop <<48/2=24>> from responses
+    skip_bad = False  # leave malformed and empty rows out and count them; otherwise the first one stops
+    n_problems = 40000  # how many word problems to make
+    tokenizer = "bytes"  # or a tiktoken encoding (gpt2), a BPE file in its format, or train:4096 to train one on the source
+    pat_str = ""  # how a BPE file's or a trained BPE's text is split before merging; "": words, digits, punctuation
+    block_size = 4096  # context: a document may have one token more
+    too_long = "truncate"  # or "drop": what happens to longer documents (if the instruction alone is, always drop)
+    threads = 0  # of the tokenizer; 0: one per core
+    seed = 1337
+    settings = configure(globals())
+    directory = Path("data") / settings.pop("dataset")
+    try:
+        print(report(directory, prepare(directory, **settings)))
+    except (ValueError, OSError) as e:
+        sys.exit(f"data.py: {e}")

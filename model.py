@@ -1,0 +1,490 @@
+"""
+HRM-Text (arXiv 2605.20613), the whole model in one file.
+
+Notable features:
+- two stacks of Transformer blocks, slow H and fast L, applied many times per token
+- MagicNorm: a stack is pre-norm inside and ends in one RMSNorm, so the recurrent state is renormalised at every step
+- gradient through the last `bp_steps` steps of the recurrence only
+- PrefixLM: a document's prefix (the instruction) attends to itself in both directions, its response causally
+- packed rows: many documents per row, which neither see nor move each other
+- precision is explicit: fp32 weights are cast once per forward pass to `model.compute_dtype`; there is no autocast
+
+    model = HRM(HRMConfig(vocab_size=263, block_size=512, n_layer=4, n_head=2, n_embd=64))
+    logits, loss = model(idx, targets, doc, prefix, bp_steps=5)     # all (B, T)
+    new_ids = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=32)
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # target of positions that carry no loss
+LOGITS_AT_ONCE = 2**28  # fp32 logits held in memory at a time by the loss, in elements (1 GB)
+
+# ----------------------------------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class HRMConfig:
+    """Shape of a model. Raises ValueError, in one sentence, on a shape that cannot be."""
+
+    vocab_size: int = 65536
+    block_size: int = 4096  # context: tokens in a row, so also the longest document
+    n_layer: int = 32  # blocks in all, half of them in each stack
+    n_head: int = 12
+    n_embd: int = 1536
+    H_cycles: int = 2  # H-steps per forward pass
+    L_cycles: int = 3  # L-steps before each H-step
+    prefix_lm: bool = True  # False: attention is causal in the prefix too
+    expansion: float = 4.0  # MLP width, as in a plain MLP; see n_ff
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.block_size, self.n_head, self.n_embd, self.H_cycles, self.L_cycles) < 1:
+            raise ValueError(f"every size of a model must be at least 1: {self}")
+        if self.n_layer < 2 or self.n_layer % 2:
+            raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head})")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def n_ff(self):
+        """MLP width: 2/3 of expansion * n_embd, since a gated MLP has three matrices, then up to a multiple of 256."""
+        return -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
+
+    @property
+    def n_steps(self):
+        """Stack applications in one forward pass."""
+        return self.H_cycles * (self.L_cycles + 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# masks
+
+
+class PackedMask(NamedTuple):
+    """Rows of documents as a padded batch of D documents by L positions, for scaled_dot_product_attention."""
+
+    token: torch.Tensor  # (D*L,) the token, in the flattened rows, that fills each slot
+    slot: torch.Tensor  # (B*T,) the slot of each token
+    visible: torch.Tensor  # (D, 1, L, L) bool
+
+
+def may_see(query_pos, key_pos, key_in_prefix):
+    """The mask rule within one document: what lies behind, and the whole prefix."""
+    return (key_pos <= query_pos) | key_in_prefix
+
+
+def document_positions(doc):
+    """(B, T) document numbers -> (first, pos): is a token the first of its document, and its place in the document."""
+    first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
+    place = torch.arange(doc.size(1), device=doc.device).expand_as(doc)
+    return first, place - torch.where(first, place, 0).cummax(1).values
+
+
+def packed_mask(doc, prefix):
+    """
+    Mask of packed rows for SDPA. One dense (T, T) mask per row would spend most of its work on pairs from different
+    documents; here attention runs over a padded batch of documents instead. Padding (doc -1) is left out: it borrows
+    the output of slot 0, which reaches no loss.
+    """
+    first, pos = document_positions(doc)
+    real = doc.flatten() >= 0
+    number = (first.flatten() & real).cumsum(0) - 1
+    D = max(int(number[-1]) + 1, 1)
+    L = max(int((pos.flatten() * real).max()) + 1, 1)
+    slot = (number * L + pos.flatten()) * real
+    token = slot.new_zeros(D * L)
+    token[slot[real]] = real.nonzero().squeeze(1)
+    filled = slot.new_zeros(D * L, dtype=torch.bool)
+    filled[slot[real]] = True
+    filled[0] = True  # a batch of nothing but padding still needs one key, or softmax has none
+    place = torch.arange(L, device=doc.device)
+    in_prefix = prefix.flatten()[token].view(D, 1, L)
+    visible = may_see(place[:, None], place, in_prefix) & filled.view(D, 1, L)
+    return PackedMask(token, slot, visible[:, None])
+
+
+def flex_mask(doc, prefix):
+    """Mask of packed rows for FlexAttention: blocks of the (T, T) square that no document touches are skipped."""
+
+    def rule(b, h, q, k):
+        return (doc[b, q] == doc[b, k]) & may_see(q, k, prefix[b, k])
+
+    return create_block_mask(rule, doc.size(0), None, doc.size(1), doc.size(1), device=doc.device)
+
+
+# ----------------------------------------------------------------------------------------------------
+# blocks
+
+
+@cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+def norm(x, eps):
+    """RMSNorm without a learned scale."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, rotate-half form, in fp32. x (B, T, n_head, head_dim); cos, sin (B, T, 1, head_dim/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one block at one recurrent step, and where this call's tokens go in it."""
+
+    k: torch.Tensor  # (B, S, n_head, head_dim)
+    v: torch.Tensor
+    pos: torch.Tensor  # (B, T) each row has its own place
+
+    def update(self, k, v):
+        rows = torch.arange(len(self.pos), device=self.pos.device)[:, None]
+        self.k[rows, self.pos] = k
+        self.v[rows, self.pos] = v
+
+
+def packed_attention(q, k, v, mask):
+    """SDPA over the documents of packed rows, as a padded batch of them."""
+    B, T, n_head, head_dim = q.shape
+    D, _, L, _ = mask.visible.shape
+    by_document = (t.flatten(0, 1).index_select(0, mask.token).view(D, L, n_head, head_dim) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in by_document), attn_mask=mask.visible)
+    return y.transpose(1, 2).reshape(D * L, -1).index_select(0, mask.slot).view(B, T, n_head, head_dim)
+
+
+def attend(q, k, v, mask, kv):
+    """softmax(q k / sqrt(head_dim)) v under any of the masks. q, k, v, result: (B, T, n_head, head_dim)."""
+    if isinstance(mask, PackedMask):
+        return packed_attention(q, k, v, mask)
+    if kv is not None:
+        kv.update(k, v)
+        k, v = kv.k[:, : mask.size(-1)], kv.v[:, : mask.size(-1)]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if isinstance(mask, BlockMask):
+        return compiled(flex_attention)(q, k, v, block_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+# A block is two functions of its weights with attention between, and not one method of a module: the two have static
+# shapes while attention's follow the documents, and one compiled version of each serves every block of both stacks.
+
+
+def before_attention(x, gqkv_proj, cos, sin, eps):
+    """x (B, T, n_embd) -> gate, query, key, value, each (B, T, n_head, head_dim)."""
+    B, T, _ = x.shape
+    gqkv = F.linear(norm(x, eps), gqkv_proj)
+    g, q, k, v = gqkv.view(B, T, 4, -1, 2 * cos.size(-1)).unbind(2)
+    return g, rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def after_attention(x, g, y, o_proj, gate_up_proj, down_proj, eps):
+    """Add the gated output of attention to x, then that of the MLP."""
+    x = x + F.linear((torch.sigmoid(g) * y).flatten(2), o_proj)
+    a, b = F.linear(norm(x, eps), gate_up_proj).chunk(2, dim=-1)
+    return x + F.linear(F.silu(a) * b, down_proj)
+
+
+def random_weight(n_out, n_in):
+    """Normal, truncated at 3 sigma, with a standard deviation of n_in**-0.5 after the truncation."""
+    sigma = n_in**-0.5 / 0.98658  # cutting a normal at 3 sigma leaves 0.98658 of its deviation
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(n_out, n_in), std=sigma, a=-3 * sigma, b=3 * sigma))
+
+
+class Block(nn.Module):
+    """The weights of a block, each (out, in); HRM.block() is what it does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gqkv_proj = random_weight(4 * config.n_embd, config.n_embd)  # rows: gate, q, k, v
+        self.o_proj = random_weight(config.n_embd, config.n_embd)
+        self.gate_up_proj = random_weight(2 * config.n_ff, config.n_embd)  # rows: gate, up
+        self.down_proj = random_weight(config.n_embd, config.n_ff)
+
+    def weights(self, dtype):
+        return tuple(w.to(dtype) for w in (self.gqkv_proj, self.o_proj, self.gate_up_proj, self.down_proj))
+
+
+# ----------------------------------------------------------------------------------------------------
+# the model
+
+
+class HRM(nn.Module):
+    """The hierarchical recurrent language model. `compute_dtype`, `attention` and the like may be set at any time."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = random_weight(config.vocab_size, config.n_embd)
+        self.H = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
+        self.L = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
+        self.lm_head = random_weight(config.vocab_size, config.n_embd)
+        self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
+        self.compute_dtype = torch.float32  # of activations and matmuls; weights are stored in their own
+        self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex on CUDA with compile_blocks, else sdpa
+        self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
+        self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
+
+    def block(self, x, weights, cos, sin, mask, kv):
+        """One pre-norm Transformer block on x (B, T, n_embd)."""
+        gqkv_proj, *others = weights
+        before, after = before_attention, after_attention
+        if self.compile_blocks:
+            before, after = compiled(before), compiled(after)
+        g, q, k, v = before(x, gqkv_proj, cos, sin, self.config.norm_eps)
+        return after(x, g, attend(q, k, v, mask, kv), *others, self.config.norm_eps)
+
+    def hidden(self, idx, pos, mask, bp_steps=None, caches=None):
+        """
+        The recurrence: tokens (B, T) at positions (B, T) -> final z_H (B, T, n_embd).
+
+        With bp_steps = K, the last min(H_cycles, K - 1) H-steps and the last L-steps, up to K in all, carry gradient and
+        the earlier ones run without (the paper's deep credit assignment); None: all carry gradient. `caches` has one
+        KVCache per (step, block), in the order in which they run.
+        """
+        config, dtype = self.config, self.compute_dtype
+        K = config.n_steps if bp_steps is None else bp_steps
+        if not 2 <= K <= config.n_steps:
+            raise ValueError(f"bp_steps must be from 2 to H_cycles * (L_cycles + 1) = {config.n_steps}, not {K}")
+        H_steps, L_steps = config.H_cycles, config.H_cycles * config.L_cycles
+        first_H = H_steps - min(H_steps, K - 1)  # the first step of each kind to carry gradient
+        first_L = L_steps - (K - min(H_steps, K - 1))
+
+        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=idx.device) / config.head_dim)
+        angle = pos[:, :, None, None] * frequency  # (B, T, 1, head_dim/2), fp32
+        cos, sin = angle.cos(), angle.sin()
+        H_weights = [block.weights(dtype) for block in self.H]
+        L_weights = [block.weights(dtype) for block in self.L]
+        caches = iter(caches) if caches is not None else None
+        grad = torch.is_grad_enabled()
+
+        def step(stack, z, other, carries_grad):
+            with torch.set_grad_enabled(grad and carries_grad):
+                x = z + other
+                if torch.is_grad_enabled() and not x.requires_grad:
+                    x.requires_grad_()  # of no use but to spare a compilation: a block's input is then always of one kind
+                for weights in stack:
+                    args = (weights, cos, sin, mask, next(caches) if caches else None)
+                    if self.recompute_blocks and torch.is_grad_enabled():
+                        x = checkpoint(self.block, x, *args, use_reentrant=False, preserve_rng_state=False)
+                    else:
+                        x = self.block(x, *args)
+                return norm(x, config.norm_eps)
+
+        z_H = (F.embedding(idx, self.embed) * config.n_embd**0.5).to(dtype)
+        z_L = self.z_L_init.to(dtype).expand_as(z_H)
+        for h in range(H_steps):
+            for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
+                z_L = step(L_weights, z_L, z_H, l >= first_L)
+            z_H = step(H_weights, z_H, z_L, h >= first_H)
+        return z_H
+
+    def logits(self, h):
+        """(..., n_embd) -> (..., vocab_size), fp32."""
+        return F.linear(h, self.lm_head.to(h.dtype)).float()
+
+    def loss(self, h, targets, at):
+        """
+        Mean cross-entropy over the positions `at` of the flattened rows, a chunk at a time: logits of a large vocabulary
+        would fill the memory, so each chunk's are made, used, and made again in the backward pass.
+        """
+
+        def chunk_loss(h, targets):
+            return F.cross_entropy(self.logits(h), targets, reduction="sum")
+
+        h, targets = h.flatten(0, 1).index_select(0, at), targets.flatten().index_select(0, at)
+        rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
+        total = 0.0
+        for h_chunk, targets_chunk in zip(h.split(rows), targets.split(rows)):
+            total = total + checkpoint(chunk_loss, h_chunk, targets_chunk, use_reentrant=False, preserve_rng_state=False)
+        return total / max(len(at), 1)
+
+    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None):
+        """
+        idx, targets: (B, T) int64, targets IGNORE where there is no loss; doc: (B, T) int, the document of each token,
+        -1 for padding (None: a row is one document); prefix: (B, T) bool (None: all causal).
+        Returns (logits (B, T, vocab_size) fp32, None) without targets, else (None, mean loss over targets).
+        Raises ValueError if T exceeds block_size or bp_steps is out of range.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"rows of {T} tokens exceed the model's block_size of {self.config.block_size}")
+        at = (targets.flatten() != IGNORE).nonzero().squeeze(1) if targets is not None else None
+        if prefix is None or not self.config.prefix_lm:
+            prefix = torch.zeros_like(idx, dtype=torch.bool)
+        if doc is None:
+            doc = torch.arange(B, device=idx.device)[:, None].expand(B, T)
+        flex = self.attention == "flex" or (self.attention == "auto" and idx.is_cuda and self.compile_blocks)
+        mask = flex_mask(doc, prefix) if flex else packed_mask(doc, prefix)
+        h = self.hidden(idx, document_positions(doc)[1], mask, bp_steps)
+        return (self.logits(h), None) if targets is None else (None, self.loss(h, targets, at))
+
+    def flops_per_token(self, bp_steps):
+        """
+        Matrix-multiply FLOP of one training step per token, attention scores excluded: 2 per weight and use forward,
+        4 backward, where every position counts as one that goes through the head.
+        """
+        c = self.config
+        stack = c.n_layer // 2 * (5 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
+        return stack * (2 * c.n_steps + 4 * bp_steps) + 6 * c.vocab_size * c.n_embd
+
+    @classmethod
+    def from_pretrained(cls, directory, average=True):
+        """The model of a directory that train.py wrote, with the moving average of its weights unless `average` is False."""
+        ckpt = load_checkpoint(directory)
+        model = cls(HRMConfig(**ckpt["config"]))
+        model.load_state_dict({**ckpt["model"], **(ckpt["ema"] if average else {})})
+        return model
+
+    # ------------------------------------------------------------------------------------------------
+    # generation
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None):
+        """generate(), step by step: yields a list with the next id of each prompt, None where it has ended."""
+        config, device = self.config, self.embed.device
+        if not prompts:
+            return
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        longest = int(lengths.max())
+        if not 0 < int(lengths.min()) <= longest <= config.block_size:
+            raise ValueError(f"a prompt must have from 1 to block_size = {config.block_size} tokens; the longest has {longest}")
+        idx = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        for row, prompt in zip(idx, prompts):
+            row[: len(prompt)] = torch.tensor(prompt, device=device)
+        # Prompts stand at the left of their rows. What padding writes to the cache is overwritten before it is seen.
+        room = min(longest + max_new_tokens - 1, config.block_size)
+        shape = (len(prompts), room, config.n_head, config.head_dim)
+        keys_values = [torch.zeros(2, *shape, dtype=self.compute_dtype, device=device) for _ in range(config.n_steps * config.n_layer // 2)]
+        pos = torch.arange(longest, device=device).expand_as(idx)
+        generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+        alive = [True] * len(prompts)
+        for i in range(max_new_tokens):
+            key_pos = torch.arange(min(longest + i, room), device=device)
+            in_prefix = key_pos < lengths[:, None, None] if config.prefix_lm else torch.zeros_like(key_pos, dtype=torch.bool)
+            mask = may_see(pos[:, :, None], key_pos, in_prefix)[:, None]  # (B, 1, T, S)
+            h = self.hidden(idx, pos, mask, caches=[KVCache(k, v, pos) for k, v in keys_values])
+            if i == 0:
+                h = h.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, h.size(-1)))
+            new = pick(self.logits(h[:, -1]), temperature, top_k, top_p, generator)
+            ids = new.tolist()
+            alive = [a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, lengths.tolist())]
+            yield [t if a else None for a, t in zip(alive, ids)]
+            if not any(alive):
+                return
+            idx, pos = new[:, None], (lengths + i)[:, None].clamp(max=room - 1)
+
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None):
+        """
+        Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
+        temperature 0 is greedy; top_k and top_p narrow the choice; seed makes sampling repeatable.
+        Returns the new ids of each, without the stop token; a document ends at block_size at the latest.
+        """
+        new = [[] for _ in prompts]
+        for ids in self.stream(prompts, max_new_tokens, temperature, top_k, top_p, stop_token, seed):
+            for row, t in zip(new, ids):
+                if t is not None:
+                    row.append(t)
+        return new
+
+
+def load_checkpoint(directory):
+    """The content of directory/ckpt.pt, on the CPU. Tensors and plain values only: it cannot run code."""
+    path = Path(directory, "ckpt.pt")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}; train.py writes it to its out_dir")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """The next ids (B,) from logits (B, vocab_size)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+    if top_p:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        ordered[p.cumsum(-1) - p >= top_p] = -math.inf  # what comes before already has top_p; the first always stays
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# the optimizer
+
+
+class AdamATan2(torch.optim.Optimizer):
+    """
+    Adam with atan2 in place of the division (Everett et al. 2024), which needs no epsilon and bounds every update,
+    with decoupled weight decay on all weights and, if `ema` is a decay rate, their exponential moving average.
+    A parameter without gradient is left untouched: weights, moments, average and its own count of steps.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.1, ema=None):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, ema=ema))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                if ema is not None:
+                    self.state[p]["ema"] = p.detach().clone()
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_step = {}  # bias correction depends on the count: the embedding, say, has no gradient at bp_steps 2
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["step"] += 1
+                    by_step.setdefault(self.state[p]["step"], []).append(p)
+            for t, params in by_step.items():
+                self._update(t, params, **{k: group[k] for k in ("lr", "betas", "weight_decay", "ema")})
+
+    def _update(self, t, params, lr, betas, weight_decay, ema):
+        grads = [p.grad for p in params]
+        m, v = ([self.state[p][key] for p in params] for key in "mv")
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_lerp_(m, grads, 1 - betas[0])
+        torch._foreach_mul_(v, betas[1])
+        torch._foreach_addcmul_(v, grads, grads, 1 - betas[1])
+        # atan2(m, s) is atan(m / s), as s = sqrt(v) is not negative; the floor makes it 0 where m and s are 0.
+        s = torch._foreach_sqrt(v)
+        torch._foreach_div_(s, math.sqrt(1 - betas[1] ** t))
+        torch._foreach_clamp_min_(s, torch.finfo(s[0].dtype).tiny)
+        update = torch._foreach_div(m, s)
+        torch._foreach_atan_(update)
+        torch._foreach_add_(params, update, alpha=-lr / (1 - betas[0] ** t))
+        if ema is not None:
+            torch._foreach_lerp_([self.state[p]["ema"] for p in params], params, 1 - ema)
+
+    @contextmanager
+    def averaged(self):
+        """Within, the parameters hold their moving averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self):
+        for p, state in self.state.items():
+            p.data, state["ema"] = state["ema"], p.data

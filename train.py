@@ -1,0 +1,349 @@
+"""
+Pretraining and fine-tuning of an HRM, on one device or many.
+
+    python train.py config/demo.py                                            # a laptop: minutes, and it can do sums
+    torchrun --standalone --nproc_per_node=8 train.py config/hrm1b.py         # a node of 8 GPUs
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py config/hrm1b.py
+    python train.py config/demo.py --init_from=resume                         # go on from out_dir/ckpt.pt
+
+A step is batch_size rows of packed documents, shared among the ranks and then among micro-batches; the number of either
+changes nothing but speed and memory. Ctrl-C finishes the step, saves, and ends.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from configurator import configure
+from model import HRM, IGNORE, AdamATan2, HRMConfig, load_checkpoint
+
+# ----------------------------------------------------------------------------------------------------
+# settings
+# input and output
+out_dir = "out"
+dataset = "problems"  # data/<dataset>, made by data.py ("problems" is made on the spot)
+init_from = "scratch"  # or "resume" (out_dir/ckpt.pt), or a directory with a checkpoint to fine-tune
+log_interval = 10  # steps between log lines
+eval_interval = 500  # steps between validation losses; 0: only at the end
+eval_iters = 0  # batches of a validation loss; 0: all of val.bin
+checkpoint_interval = 1000  # steps between checkpoints; there is always one at the end
+final_eval = ""  # tasks for eval.py to run on the finished model, such as "problems"
+wandb_log = False
+wandb_project = "hrm-text"
+wandb_run_name = ""
+# batch
+batch_size = 8  # rows per step, over all ranks and micro-batches
+micro_batch_size = 8  # at most so many rows at a time on a device
+block_size = 1024  # tokens per row
+# model
+n_layer = 4  # blocks in all, half in each stack
+n_head = 2
+n_embd = 64
+H_cycles = 2
+L_cycles = 3
+prefix_lm = True
+# optimizer
+max_iters = 1000
+epochs = 0.0  # above 0: sets max_iters to so many passes over the data
+learning_rate = 1e-3
+warmup_iters = 100  # linear from 0
+decay_iters = 0  # the last so many steps fall linearly to 0; constant before
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+ema = 0.99  # decay of the weights' moving average, which is what is evaluated, sampled and exported
+bp_min = 2  # steps of the recurrence with gradient, at the start of training
+bp_max = 5  # and after
+bp_warmup = 0.2  # this share of training
+# system
+device = "auto"  # cpu, cuda or mps
+dtype = "auto"  # of computation: float32 or bfloat16; auto is bfloat16 on cuda. Weights are always float32
+attention = "auto"  # flex (FlexAttention) or sdpa; auto is flex on cuda where the blocks are compiled
+compile = True  # the blocks, with torch.compile
+recompute_blocks = False  # activation checkpointing: less memory, more time
+seed = 1337
+settings = configure(globals())
+# ----------------------------------------------------------------------------------------------------
+
+
+def fail(message):
+    """End with one sentence."""
+    sys.exit(f"train.py: {message}")
+
+
+# devices and ranks
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+master = rank == 0
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+if device == "cuda":
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.cuda.set_device(device)
+on_cuda = device.startswith("cuda")
+torch.backends.cuda.matmul.allow_tf32 = True
+if world_size > 1:
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=10))
+if dtype == "auto":
+    dtype = "bfloat16" if on_cuda else "float32"
+if dtype not in ("float32", "bfloat16"):
+    fail(f"dtype must be auto, float32 or bfloat16, not {dtype}")
+
+
+def say(*text):
+    """Print, once for all ranks, without breaking the progress bar."""
+    if master:
+        tqdm.write(" ".join(map(str, text)))
+
+
+# output directory and data, which the first rank makes for all
+out, data_dir = Path(out_dir), Path("data", dataset)
+if init_from not in ("scratch", "resume") and Path(init_from).resolve() == out.resolve():
+    fail(f"init_from is out_dir ({out}); give the new run another with --out_dir")
+if master:
+    if init_from != "resume" and (out / "ckpt.pt").exists():
+        aside = next(p for p in (Path(f"{out}.{i}") for i in range(1, 10**6)) if not p.exists())
+        out.rename(aside)
+        say(f"{out} held another run, which is now {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (data_dir / "meta.json").exists() and dataset == "problems":
+        say(data.report(data_dir, data.prepare(data_dir)))
+if world_size > 1:
+    dist.barrier()
+
+try:
+    meta = data.read_meta(data_dir)
+    resumed = load_checkpoint(out_dir) if init_from == "resume" else None
+    loader_state = resumed["loader"] if resumed else None
+    loader = data.Loader(data_dir, "train", batch_size, block_size, seed, rank, world_size, state=loader_state)
+    model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, H_cycles=H_cycles, L_cycles=L_cycles, prefix_lm=prefix_lm)
+    config = HRMConfig(vocab_size=meta["vocab_size"], block_size=block_size, **model_args)
+    if not 2 <= bp_min <= bp_max <= config.n_steps:
+        raise ValueError(f"bp_min and bp_max must rise from 2 to at most H_cycles * (L_cycles + 1) = {config.n_steps}")
+except (ValueError, OSError) as e:
+    fail(e)
+if loader.left_out:
+    say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size = {block_size} and left out")
+has_val = meta["splits"]["val"]["documents"] > 0
+if epochs:
+    max_iters = max(1, round(epochs * int(loader.lengths[loader.fitting].sum()) / (batch_size * block_size)))
+rows = batch_size // world_size
+micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(micro_batch_size, 1))
+
+# model and optimizer
+torch.manual_seed(seed)
+iteration, tokens, best_val = 0, 0, math.inf
+if resumed:
+    if resumed["config"] != asdict(config):
+        differs = ", ".join(f"{k} {resumed['config'].get(k)}" for k, v in asdict(config).items() if resumed["config"].get(k) != v)
+        fail(f"{out / 'ckpt.pt'} holds another model than these settings: there, {differs}")
+    model = HRM(config)
+    model.load_state_dict(resumed["model"])
+    iteration, tokens, best_val = resumed["iter"], resumed["tokens"], resumed["best_val"]
+elif init_from == "scratch":
+    model = HRM(config)
+else:
+    try:
+        model = HRM.from_pretrained(init_from)
+    except (ValueError, OSError) as e:
+        fail(e)
+    config = model.config
+    if config.vocab_size != meta["vocab_size"] or config.block_size < block_size:
+        fail(f"{init_from} has {config.vocab_size} ids and a context of {config.block_size}; data and settings ask for others")
+model.to(device)
+model.compute_dtype = getattr(torch, dtype)
+model.attention, model.recompute_blocks = attention, recompute_blocks
+optimizer = AdamATan2(model.parameters(), learning_rate, (beta1, beta2), weight_decay, ema or None)
+if resumed:
+    optimizer.load_state_dict(resumed["optimizer"])
+    del resumed
+if compile:
+    try:  # a machine without a C++ compiler or Triton still trains
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        model.compile_blocks = True
+    except Exception as e:
+        say(f"torch.compile does not work here ({type(e).__name__}), so the blocks run uncompiled")
+if on_cuda and attention == "auto" and not model.compile_blocks:
+    say("attention: SDPA over padded documents; FlexAttention needs compiled blocks")
+for tensor in model.state_dict().values() if world_size > 1 else ():
+    dist.broadcast(tensor, 0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# schedules: progress counts from 0 to 1
+
+
+def learning_rate_at(i):
+    """Linear warmup, constant, and if decay_iters is set a linear fall to 0 at the end."""
+    fall = (max_iters - i) / decay_iters if decay_iters else 1.0
+    return learning_rate * min((i + 1) / (warmup_iters + 1), 1.0, fall)
+
+
+def bp_steps_at(i):
+    """Warmup deep credit assignment: from bp_min to bp_max over the first bp_warmup of training."""
+    progress = min(1.0, i / (bp_warmup * max_iters)) if bp_warmup else 1.0
+    return bp_min + int(progress * (bp_max - bp_min))
+
+
+# ----------------------------------------------------------------------------------------------------
+# one step, validation, checkpoint
+
+
+def loss_of(batch, bp_steps=None):
+    """This rank's share of the step's mean loss over targets; with gradient enabled, runs the backward passes too."""
+    total = torch.zeros((), device=device)
+    for parts in zip(*(t.split(micro) for t in batch[:4])):
+        share = int((parts[1] != IGNORE).sum()) / batch.n_targets
+        if on_cuda:
+            parts = [t.pin_memory() for t in parts]
+        idx, targets, doc, prefix = (t.to(device, non_blocking=True) for t in parts)
+        loss = model(idx, targets, doc, prefix, bp_steps)[1] * share
+        if torch.is_grad_enabled():
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def over_ranks(*values):
+    """The sums over all ranks of some numbers, as floats."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+    if world_size > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def train_step(batch, bp_steps, lr):
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(batch, bp_steps)
+    # Summed here and not by DistributedDataParallel: which weights have a gradient depends on bp_steps (the embedding has
+    # none at 2), but it is the same ones on every rank.
+    if world_size > 1:
+        sums = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None]
+        for s in sums:
+            s.wait()
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return loss
+
+
+@torch.no_grad()
+def validate():
+    """Mean loss over the targets of val.bin (the first eval_iters batches of it), with the averaged weights."""
+    loader = data.Loader(data_dir, "val", micro * world_size, block_size, 0, rank, world_size, epochs=1)
+    total = torch.zeros((), device=device)
+    n_targets = 0
+    with optimizer.averaged() if ema else nullcontext():
+        for batch in islice(loader, eval_iters or None):
+            total += loss_of(batch) * batch.n_targets
+            n_targets += batch.n_targets
+    return over_ranks(total)[0] / n_targets
+
+
+def save_checkpoint():
+    """out_dir/ckpt.pt, written beside and renamed, so that a crash leaves the one before."""
+    if not master:
+        return
+    names = {p: name for name, p in model.named_parameters()}
+    average = {names[p]: state["ema"] for p, state in optimizer.state.items()} if ema else {}
+    ckpt = {
+        "model": model.state_dict(),
+        "ema": average,  # shares its storage with the optimizer's, so is in the file once
+        "optimizer": optimizer.state_dict(),
+        "config": asdict(config),
+        "settings": settings,
+        "iter": iteration,
+        "tokens": tokens,
+        "best_val": best_val,
+        "loader": loader.state,
+    }
+    torch.save(ckpt, out / "ckpt.pt.part")
+    os.replace(out / "ckpt.pt.part", out / "ckpt.pt")
+
+
+def log(**entry):
+    if master:
+        log_file.write(json.dumps(entry) + "\n")
+        log_file.flush()
+        if wandb_log:
+            wandb.log(entry, step=entry["iter"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# the loop
+
+stop_asked = stopped = False  # this rank was told to stop; all ranks agreed to
+
+
+def ask_to_stop(signum, frame):
+    """Ctrl-C or SIGTERM: stop after a step. A second one does so at once."""
+    global stop_asked
+    stop_asked = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGINT, ask_to_stop)
+signal.signal(signal.SIGTERM, ask_to_stop)
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+name = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+if master:
+    for file in ("meta.json", "tokenizer.tiktoken"):  # so that sample.py and eval.py need only out_dir
+        shutil.copy(data_dir / file, out / file)
+    log_file = open(out / "log.jsonl", "a", encoding="utf-8")
+    if wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            fail("wandb_log needs the package wandb: pip install wandb")
+        wandb.init(project=wandb_project, name=wandb_run_name or None, config=settings)
+n_params = sum(p.numel() for p in model.parameters())
+say(f"{n_params:,} parameters on {world_size} x {name}, {dtype}, blocks {'compiled' if model.compile_blocks else 'not compiled'}")
+say(f"{max_iters:,} steps of {batch_size} x {block_size} tokens, {rows // micro} micro-batches of {micro} rows; log: {out / 'log.jsonl'}")
+
+bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
+clock, clock_tokens = time.perf_counter(), tokens
+while iteration < max_iters and not stopped:
+    lr, bp_steps = learning_rate_at(iteration), bp_steps_at(iteration)
+    batch = next(loader)
+    loss = train_step(batch, bp_steps, lr)
+    iteration += 1
+    tokens += batch.n_tokens
+    bar.update()
+    if iteration % log_interval == 0 or iteration == max_iters or (stop_asked and world_size == 1):
+        loss, stopped = over_ranks(loss, stop_asked)  # the only wait for the device; ranks also agree on stopping here
+        speed = (tokens - clock_tokens) / (time.perf_counter() - clock)
+        mfu = model.flops_per_token(bp_steps) * speed / (peak * world_size) if peak else None
+        log(iter=iteration, loss=loss, lr=lr, bp_steps=bp_steps, tokens=tokens, tokens_per_sec=round(speed, 1), mfu=mfu)
+        text = f"step {iteration}: loss {loss:.4f}, lr {lr:.2e}, bp_steps {bp_steps}, {speed:,.0f} tokens/s"
+        say(text + (f", mfu {mfu:.1%}" if mfu else ""))
+        clock, clock_tokens = time.perf_counter(), tokens
+    if has_val and (iteration == max_iters or eval_interval and iteration % eval_interval == 0):
+        val_loss = validate()
+        best_val = min(best_val, val_loss)
+        log(iter=iteration, val_loss=val_loss)
+        say(f"step {iteration}: validation loss {val_loss:.4f}")
+        clock, clock_tokens = time.perf_counter(), tokens
+    if iteration % checkpoint_interval == 0:
+        save_checkpoint()
+bar.close()
+save_checkpoint()
+say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {out / 'ckpt.pt'}")
+if world_size > 1:
+    dist.destroy_process_group()
+if master and final_eval and not stopped:
+    sys.exit(subprocess.run([sys.executable, "eval.py", f"--out_dir={out_dir}", f"--tasks={final_eval}"]).returncode)
