@@ -68,7 +68,9 @@ def checked(where, key, value, default):
 
 def refuse(where, key, known):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    sys.exit(f"{where}: there is no setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists them."))
+    sys.exit(
+        f"{where}: there is no setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists them.")
+    )
 
 
 def configure(settings, argv=None):

@@ -78,15 +78,17 @@ def train_ranks(texts, vocab_size, pat_str):
 
 def make_encoding(tokenizer, pat_str="", texts=None):
     """
-    An Encoding from a setting: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids, trained on texts),
-    a BPE file in tiktoken's format, or the name of a tiktoken encoding.
+    An Encoding from a setting: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids, trained on
+    texts), a BPE file in tiktoken's format, or the name of a tiktoken encoding.
     """
     if tokenizer == "bytes":
         return build_encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]")
     if tokenizer.startswith("train:"):
         size = tokenizer.removeprefix("train:")
         if not size.isdecimal() or int(size) < 256 + len(SPECIAL):
-            raise ValueError(f"tokenizer={tokenizer}: write train: and a vocabulary size of at least {256 + len(SPECIAL)}")
+            raise ValueError(
+                f"tokenizer={tokenizer}: write train: and a vocabulary size of at least {256 + len(SPECIAL)}"
+            )
         pat_str = pat_str or SPLIT
         return build_encoding(tokenizer, train_ranks(texts, int(size), pat_str), pat_str)
     if os.path.exists(tokenizer):
@@ -125,6 +127,12 @@ def read_meta(directory):
         raise ValueError(f"{path} is damaged: {e}") from None
 
 
+def usual_condition(meta):
+    """The condition that most training documents of a dataset have, which a prompt is best given too."""
+    counts = meta["splits"]["train"]["conditions"]
+    return max(counts, key=counts.get)
+
+
 # ----------------------------------------------------------------------------------------------------
 # the document format
 
@@ -158,40 +166,35 @@ def encode_prompt(encoding, instruction, condition=""):
 
 NAMES = "Tom Anna Ben Mia Sam Lucy Omar Kate Leo Nina Max Ella Raj Zoe Hugo Ivy Paul Rosa Finn Mei".split()
 THINGS = "apples books coins pens cards shells stamps eggs cakes balls stars nuts plums kites rings".split()
-# Each: (the problem, its steps). A step takes two of the numbers a, b, c or, as x, the result of the step before.
-PROBLEMS = [
+PROBLEMS = [  # the text, and its steps: a step takes two of the numbers a, b, c or, as x, the result of the step before
     ("{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?", "a+b"),
-    ("{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?", "a+b"),
-    ("{n} had {a} {t} and gave {b} to {m}. How many {t} does {n} have left?", "a-b"),
-    ("There are {a} {t} in a box. {n} takes {b} of them. How many {t} are still in the box?", "a-b"),
-    ("{n} has {a} bags with {b} {t} in each bag. How many {t} does {n} have?", "a*b"),
-    ("One box holds {b} {t}. How many {t} are there in {a} boxes?", "a*b"),
-    ("{n} shares {a} {t} equally among {b} friends. How many {t} does each friend get?", "a/b"),
-    ("{n} puts {a} {t} into bags of {b}. How many bags does {n} need?", "a/b"),
-    ("{n} has {a} {t}, buys {b} more and then gives {c} to {m}. How many {t} does {n} have now?", "a+b x-c"),
-    ("{n} had {a} {t}, lost {b} of them and found {c} others. How many {t} does {n} have now?", "a-b x+c"),
-    ("{n} has {a} bags of {b} {t} and {c} more. How many {t} does {n} have in all?", "a*b x+c"),
-    ("{n} buys {a} packs of {b} {t} and gives {c} {t} to {m}. How many {t} are left?", "a*b x-c"),
-    ("{n} shares {a} {t} equally among {b} boxes and adds {c} to one box. How many {t} are in that box?", "a/b x+c"),
-    ("{n} has {a} {t} and {m} has {b}. They share all of them among {c} friends. How many {t} does each friend get?", "a+b x/c"),
+    ("{n} has {a} {t}. {m} has {b}. How many {t} do they have together?", "a+b"),
+    ("{n} had {a} {t} and gave {m} {b}. How many {t} are left?", "a-b"),
+    ("There are {a} {t}. {n} takes {b} of them. How many are left?", "a-b"),
+    ("{n} has {a} bags with {b} {t} in each. How many {t} is that?", "a*b"),
+    ("A box holds {b} {t}. How many {t} are in {a} boxes?", "a*b"),
+    ("{n} shares {a} {t} among {b} friends. How many does each get?", "a/b"),
+    ("{n} puts {a} {t} into bags of {b}. How many bags is that?", "a/b"),
+    ("{n} has {a} {t}, buys {b} and then eats {c}. How many {t} are left?", "a+b x-c"),
+    ("{n} had {a} {t}, lost {b} and found {c}. How many {t} does {n} have now?", "a-b x+c"),
+    ("{n} has {a} bags of {b} {t} and {c} more. How many {t} is that?", "a*b x+c"),
+    ("{n} buys {a} packs of {b} {t} and gives {m} {c}. How many {t} are left?", "a*b x-c"),
+    ("{n} shares {a} {t} among {b} boxes and adds {c} to one. How many are in it?", "a/b x+c"),
+    ("{n} has {a} {t} and {m} {b}. They share them among {c} friends. How many does each get?", "a+b x/c"),
 ]
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
 
-def held_out(a, operation, b):
-    """One calculation in ten is kept from training. Fixed: it depends on no seed and no order."""
-    return zlib.crc32(f"{a}{operation}{b}".encode()) % 10 == 0
-
-
 def word_problems(split, n, seed):
     """
-    n grade-school word problems, as {"instruction", "response", "condition"}; the response works the steps out and ends
-    in "#### answer". A problem of the "val" split has a calculation that no problem of the "train" split contains.
+    n grade-school word problems, as {"instruction", "response", "condition"}; the response works the steps out and
+    ends in "#### answer". Of the combinations of numbers, for each sequence of operations, one in ten is kept for the
+    "val" split, whatever the seed: no "val" problem has the numbers of a "train" problem with the same operations.
     """
     rng = random.Random(f"{split} {seed}")
     while n > 0:
         text, steps = rng.choice(PROBLEMS)
-        number = {"a": rng.randint(2, 50), "b": rng.randint(2, 50), "c": rng.randint(2, 20)}
+        number = {"a": rng.randint(2, 20), "b": rng.randint(2, 20), "c": rng.randint(2, 10)}
         if "*" in steps:
             number["a"], number["b"] = rng.randint(2, 10), rng.randint(2, 10)
         if "/" in steps:
@@ -199,17 +202,17 @@ def word_problems(split, n, seed):
             number[divisor] = rng.randint(2, 10)
             whole = number[divisor] * rng.randint(2, 10)
             number["a"] = whole - number["b"] if divisor == "c" else whole
-        working, unseen, lowest = [], False, 1
+        combination = (steps, *(number[key] for key in "abc" if key in steps))
+        working, least = [], number["a"] - 1
         for left, operation, right in steps.split():
-            x = OPERATIONS[operation](number[left], number[right])
-            working.append(f"{number[left]}{operation}{number[right]}={x}")
-            unseen |= held_out(number[left], operation, number[right])
-            number["x"], lowest = x, min(lowest, x)
-        if number["a"] < 2 or lowest < 1 or unseen != (split == "val"):
+            result = OPERATIONS[operation](number[left], number[right])
+            working.append(f"{number[left]}{operation}{number[right]}={result}")
+            number["x"], least = result, min(least, result)
+        if least < 1 or (zlib.crc32(repr(combination).encode()) % 10 == 0) != (split == "val"):
             continue
         name, other = rng.sample(NAMES, 2)
         instruction = text.format(n=name, m=other, t=rng.choice(THINGS), **number)
-        yield {"instruction": instruction, "response": "\n".join([*working, f"#### {x}"]), "condition": "cot"}
+        yield {"instruction": instruction, "response": "\n".join([*working, f"#### {number['x']}"]), "condition": "cot"}
         n -= 1
 
 
@@ -254,7 +257,7 @@ def read_rows(source, config="", split="train"):
         yield f"{source} {split}, row {number}", row
 
 
-def to_pair(row, fields, condition, answer, strip_annotations):
+def to_pair(row, fields, condition="", answer="", strip_annotations=False):
     """
     A source's row -> (instruction, response, condition), or a text that says what is wrong with it. `answer` is for
     GSM8K's form, a working that ends in "#### N": "cot" keeps all of it, "direct" only N; each also sets the condition.
@@ -274,7 +277,10 @@ def to_pair(row, fields, condition, answer, strip_annotations):
         return "no #### answer"
     if answer == "direct":
         response = response.rpartition("####")[2].strip()
-    return instruction, response, row.get(fields["condition"]) or condition or answer
+    condition = row.get(fields.get("condition")) or condition or answer
+    if not isinstance(condition, str) or not all(tag.strip() in (*CONDITIONS, "") for tag in condition.split(",")):
+        return f"unknown condition {condition!r}"
+    return instruction, response, condition
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -360,6 +366,7 @@ def prepare(
     strip_annotations=False,
     skip_bad=False,
     n_problems=40000,
+    n_val_problems=1000,
     tokenizer="bytes",
     pat_str="",
     block_size=4096,
@@ -376,14 +383,18 @@ def prepare(
     if directory.exists() and not (directory / "meta.json").exists():
         raise ValueError(f"{directory} exists and is no prepared dataset; choose another name with --dataset")
     if too_long not in ("truncate", "drop") or answer not in ("", "cot", "direct"):
-        raise ValueError(f"too_long is truncate or drop, and answer is cot, direct or empty; not '{too_long}', '{answer}'")
+        raise ValueError(
+            f"too_long is truncate or drop, and answer is cot, direct or empty; not '{too_long}', '{answer}'"
+        )
+    if set(fields or ()) - {"instruction", "response", "condition"}:
+        raise ValueError(f"fields names a source's instruction, response and condition, and nothing else: {fields}")
     made = {k: v for k, v in locals().items() if k not in ("directory", "part", "threads", "pat_str")}
     fields = {"instruction": "instruction", "response": "response", "condition": "condition", **(fields or {})}
 
     def rows():
         """(split, where, row) of the whole source."""
         if source == "problems":
-            for name, n in ("train", n_problems), ("val", max(n_problems // 40, 1)):
+            for name, n in ("train", n_problems), ("val", n_val_problems):
                 yield from ((name, f"{name} problem {i}", row) for i, row in enumerate(word_problems(name, n, seed)))
         elif val_split:
             for name, of in ("train", split), ("val", val_split):
@@ -447,7 +458,9 @@ def report(directory, meta):
         lines.append(f"  {split}: {c['documents']:,} documents, {c['tokens']:,} tokens{share}")
         if c["length"]:
             lines.append("    tokens per document: " + ", ".join(f"{k} {v:,}" for k, v in c["length"].items()))
-        lines.append("    conditions: " + (", ".join(f"{k or 'none'} {v:,}" for k, v in c["conditions"].items()) or "none"))
+        lines.append(
+            "    conditions: " + (", ".join(f"{k or 'none'} {v:,}" for k, v in c["conditions"].items()) or "none")
+        )
         dropped = ", ".join(f"{v:,} ({k})" for k, v in c["dropped"].items()) or "0"
         lines.append(f"    truncated: {c['truncated']:,}; dropped: {dropped}")
     return "\n".join(lines)
@@ -483,8 +496,8 @@ class Loader:
 
     def __init__(self, directory, split, rows, block_size, seed=0, rank=0, world_size=1, epochs=None, state=None):
         meta = read_meta(directory)
-        if rows % world_size:
-            raise ValueError(f"a step's {rows} rows cannot be shared equally by {world_size} ranks")
+        if rows < world_size:
+            raise ValueError(f"a step of {rows} rows is too small for {world_size} ranks: each needs at least one")
         index = read_index(directory, split)
         self.ends, self.prefixes = index[:, 0], index[:, 1]
         self.starts = np.concatenate(([0], self.ends[:-1])).astype(np.int64)
@@ -492,10 +505,12 @@ class Loader:
         self.fitting = np.flatnonzero(self.lengths <= block_size)  # all, unless prepared for a larger block_size
         self.left_out = len(self.lengths) - len(self.fitting)
         if not len(self.fitting):
-            raise ValueError(f"{directory}: no document of the {split} split fits into block_size = {block_size} tokens")
+            raise ValueError(
+                f"{directory}: no document of the {split} split fits into block_size = {block_size} tokens"
+            )
         self.tokens = np.memmap(Path(directory, f"{split}.bin"), dtype=meta["dtype"], mode="r")
         self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
-        self.mine = slice(rank * (rows // world_size), (rank + 1) * (rows // world_size))
+        self.mine = slice(rank, None, world_size)
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": []}
         self.order = self._permutation(self.state["epoch"])
 
@@ -590,19 +605,20 @@ if __name__ == "__main__":
     from configurator import configure
 
     dataset = "problems"  # the name of what is made: data/<dataset>
-    source = "problems"  # embedded word problems, or a hub id, or a .jsonl, .json or .parquet file, or a directory of them
+    source = "problems"  # embedded word problems; or a hub id, a .jsonl, .json or .parquet file, or a directory
     source_config = ""  # the hub dataset's configuration
     split = "train"  # of the source
     val_split = ""  # of the source; "": val_fraction of the documents of split
     val_fraction = 0.01  # drawn at random by seed
-    fields = {"instruction": "instruction", "response": "response", "condition": "condition"}  # their names in the source
+    fields = {"instruction": "instruction", "response": "response", "condition": "condition"}  # names in the source
     condition = ""  # of rows that have none: direct, cot, synth, noisy, or several, as synth,cot
     answer = ""  # responses end in "#### N": "cot" keeps the working, "direct" only N; both become the condition
     strip_annotations = False  # drop <<48/2=24>> from responses
     skip_bad = False  # leave malformed and empty rows out and count them; otherwise the first one stops
-    n_problems = 40000  # how many word problems to make
-    tokenizer = "bytes"  # or a tiktoken encoding (gpt2), a BPE file in its format, or train:4096 to train one on the source
-    pat_str = ""  # how a BPE file's or a trained BPE's text is split before merging; "": words, digits, punctuation
+    n_problems = 40000  # how many word problems to make for training
+    n_val_problems = 1000  # and for validation
+    tokenizer = "bytes"  # or a tiktoken encoding (gpt2), a BPE file in its format, or train:4096 (on the source)
+    pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
     block_size = 4096  # context: a document may have one token more
     too_long = "truncate"  # or "drop": what happens to longer documents (if the instruction alone is, always drop)
     threads = 0  # of the tokenizer; 0: one per core

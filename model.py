@@ -144,7 +144,7 @@ def norm(x, eps):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, rotate-half form, in fp32. x (B, T, n_head, head_dim); cos, sin (B, T, 1, head_dim/2)."""
+    """Rotary position embedding, rotate-half, in fp32. x (B, T, n_head, head_dim); cos, sin (B, T, 1, head_dim/2)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -239,7 +239,9 @@ class HRM(nn.Module):
         self.lm_head = random_weight(config.vocab_size, config.n_embd)
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.compute_dtype = torch.float32  # of activations and matmuls; weights are stored in their own
-        self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex on CUDA with compile_blocks, else sdpa
+        self.attention = (
+            "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex on CUDA with compile_blocks, else sdpa
+        )
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
 
@@ -256,9 +258,9 @@ class HRM(nn.Module):
         """
         The recurrence: tokens (B, T) at positions (B, T) -> final z_H (B, T, n_embd).
 
-        With bp_steps = K, the last min(H_cycles, K - 1) H-steps and the last L-steps, up to K in all, carry gradient and
-        the earlier ones run without (the paper's deep credit assignment); None: all carry gradient. `caches` has one
-        KVCache per (step, block), in the order in which they run.
+        With bp_steps = K, the last min(H_cycles, K - 1) H-steps and the last L-steps, up to K in all, carry gradient
+        and the earlier ones run without (the paper's deep credit assignment); None: all carry gradient. `caches` has
+        one KVCache per (step, block), in the order in which they run.
         """
         config, dtype = self.config, self.compute_dtype
         K = config.n_steps if bp_steps is None else bp_steps
@@ -280,7 +282,7 @@ class HRM(nn.Module):
             with torch.set_grad_enabled(grad and carries_grad):
                 x = z + other
                 if torch.is_grad_enabled() and not x.requires_grad:
-                    x.requires_grad_()  # of no use but to spare a compilation: a block's input is then always of one kind
+                    x.requires_grad_()  # spares a compilation: a block's input is then always of one kind
                 for weights in stack:
                     args = (weights, cos, sin, mask, next(caches) if caches else None)
                     if self.recompute_blocks and torch.is_grad_enabled():
@@ -303,8 +305,8 @@ class HRM(nn.Module):
 
     def loss(self, h, targets, at):
         """
-        Mean cross-entropy over the positions `at` of the flattened rows, a chunk at a time: logits of a large vocabulary
-        would fill the memory, so each chunk's are made, used, and made again in the backward pass.
+        Mean cross-entropy over the positions `at` of the flattened rows, a chunk at a time: logits of a large
+        vocabulary would fill the memory, so each chunk's are made, used, and made again in the backward pass.
         """
 
         def chunk_loss(h, targets):
@@ -314,7 +316,9 @@ class HRM(nn.Module):
         rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
         total = 0.0
         for h_chunk, targets_chunk in zip(h.split(rows), targets.split(rows)):
-            total = total + checkpoint(chunk_loss, h_chunk, targets_chunk, use_reentrant=False, preserve_rng_state=False)
+            total = total + checkpoint(
+                chunk_loss, h_chunk, targets_chunk, use_reentrant=False, preserve_rng_state=False
+            )
         return total / max(len(at), 1)
 
     def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None):
@@ -348,7 +352,7 @@ class HRM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, average=True):
-        """The model of a directory that train.py wrote, with the moving average of its weights unless `average` is False."""
+        """The model of a directory that train.py wrote, with its averaged weights unless `average` is False."""
         ckpt = load_checkpoint(directory)
         model = cls(HRMConfig(**ckpt["config"]))
         model.load_state_dict({**ckpt["model"], **(ckpt["ema"] if average else {})})
@@ -366,27 +370,36 @@ class HRM(nn.Module):
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         longest = int(lengths.max())
         if not 0 < int(lengths.min()) <= longest <= config.block_size:
-            raise ValueError(f"a prompt must have from 1 to block_size = {config.block_size} tokens; the longest has {longest}")
+            raise ValueError(
+                f"a prompt must have from 1 to block_size = {config.block_size} tokens; the longest has {longest}"
+            )
         idx = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         for row, prompt in zip(idx, prompts):
             row[: len(prompt)] = torch.tensor(prompt, device=device)
         # Prompts stand at the left of their rows. What padding writes to the cache is overwritten before it is seen.
         room = min(longest + max_new_tokens - 1, config.block_size)
         shape = (len(prompts), room, config.n_head, config.head_dim)
-        keys_values = [torch.zeros(2, *shape, dtype=self.compute_dtype, device=device) for _ in range(config.n_steps * config.n_layer // 2)]
+        keys_values = [
+            torch.zeros(2, *shape, dtype=self.compute_dtype, device=device)
+            for _ in range(config.n_steps * config.n_layer // 2)
+        ]
         pos = torch.arange(longest, device=device).expand_as(idx)
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
         alive = [True] * len(prompts)
         for i in range(max_new_tokens):
             key_pos = torch.arange(min(longest + i, room), device=device)
-            in_prefix = key_pos < lengths[:, None, None] if config.prefix_lm else torch.zeros_like(key_pos, dtype=torch.bool)
+            in_prefix = (
+                key_pos < lengths[:, None, None] if config.prefix_lm else torch.zeros_like(key_pos, dtype=torch.bool)
+            )
             mask = may_see(pos[:, :, None], key_pos, in_prefix)[:, None]  # (B, 1, T, S)
             h = self.hidden(idx, pos, mask, caches=[KVCache(k, v, pos) for k, v in keys_values])
             if i == 0:
                 h = h.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, h.size(-1)))
             new = pick(self.logits(h[:, -1]), temperature, top_k, top_p, generator)
             ids = new.tolist()
-            alive = [a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, lengths.tolist())]
+            alive = [
+                a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, lengths.tolist())
+            ]
             yield [t if a else None for a, t in zip(alive, ids)]
             if not any(alive):
                 return
@@ -404,6 +417,17 @@ class HRM(nn.Module):
                 if t is not None:
                     row.append(t)
         return new
+
+
+def choose_device(device, dtype):
+    """The settings device and dtype, either of which may be "auto" -> (device, torch dtype). Or raises ValueError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
+    return device, getattr(torch, dtype)
 
 
 def load_checkpoint(directory):

@@ -3,7 +3,7 @@ Pretraining and fine-tuning of an HRM, on one device or many.
 
     python train.py config/demo.py                                            # a laptop: minutes, and it can do sums
     torchrun --standalone --nproc_per_node=8 train.py config/hrm1b.py         # a node of 8 GPUs
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py config/hrm1b.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/hrm1b.py
     python train.py config/demo.py --init_from=resume                         # go on from out_dir/ckpt.pt
 
 A step is batch_size rows of packed documents, shared among the ranks and then among micro-batches; the number of either
@@ -11,7 +11,6 @@ changes nothing but speed and memory. Ctrl-C finishes the step, saves, and ends.
 """
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from configurator import configure
-from model import HRM, IGNORE, AdamATan2, HRMConfig, load_checkpoint
+from model import HRM, IGNORE, AdamATan2, HRMConfig, choose_device, load_checkpoint
 
 # ----------------------------------------------------------------------------------------------------
 # settings
@@ -81,27 +80,19 @@ settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
 
-def fail(message):
-    """End with one sentence."""
-    sys.exit(f"train.py: {message}")
-
-
 # devices and ranks
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 master = rank == 0
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+try:
+    device, dtype = choose_device(device, dtype)
+except ValueError as e:
+    sys.exit(f"train.py: {e}")
 if device == "cuda":
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     torch.cuda.set_device(device)
 on_cuda = device.startswith("cuda")
-torch.backends.cuda.matmul.allow_tf32 = True
 if world_size > 1:
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=10))
-if dtype == "auto":
-    dtype = "bfloat16" if on_cuda else "float32"
-if dtype not in ("float32", "bfloat16"):
-    fail(f"dtype must be auto, float32 or bfloat16, not {dtype}")
 
 
 def say(*text):
@@ -110,66 +101,57 @@ def say(*text):
         tqdm.write(" ".join(map(str, text)))
 
 
-# output directory and data, which the first rank makes for all
+# data
 out, data_dir = Path(out_dir), Path("data", dataset)
-if init_from not in ("scratch", "resume") and Path(init_from).resolve() == out.resolve():
-    fail(f"init_from is out_dir ({out}); give the new run another with --out_dir")
-if master:
-    if init_from != "resume" and (out / "ckpt.pt").exists():
-        aside = next(p for p in (Path(f"{out}.{i}") for i in range(1, 10**6)) if not p.exists())
-        out.rename(aside)
-        say(f"{out} held another run, which is now {aside}")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (data_dir / "meta.json").exists() and dataset == "problems":
-        say(data.report(data_dir, data.prepare(data_dir)))
+if master and dataset == "problems" and not (data_dir / "meta.json").exists():
+    say(data.report(data_dir, data.prepare(data_dir)))
 if world_size > 1:
     dist.barrier()
-
 try:
+    resumed = load_checkpoint(out) if init_from == "resume" else None
     meta = data.read_meta(data_dir)
-    resumed = load_checkpoint(out_dir) if init_from == "resume" else None
-    loader_state = resumed["loader"] if resumed else None
-    loader = data.Loader(data_dir, "train", batch_size, block_size, seed, rank, world_size, state=loader_state)
-    model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, H_cycles=H_cycles, L_cycles=L_cycles, prefix_lm=prefix_lm)
-    config = HRMConfig(vocab_size=meta["vocab_size"], block_size=block_size, **model_args)
+    state = resumed["loader"] if resumed else None
+    loader = data.Loader(data_dir, "train", batch_size, block_size, seed, rank, world_size, state=state)
+    if loader.left_out:
+        say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size and left out")
+    if epochs:
+        max_iters = max(1, round(epochs * int(loader.lengths[loader.fitting].sum()) / (batch_size * block_size)))
+
+    # model
+    torch.manual_seed(seed)
+    if init_from in ("scratch", "resume"):
+        shape = {f.name: settings[f.name] for f in fields(HRMConfig) if f.name in settings}
+        model = HRM(HRMConfig(vocab_size=meta["vocab_size"], **shape))
+    else:
+        model = HRM.from_pretrained(init_from)
+    config = model.config
+    if config.vocab_size != meta["vocab_size"]:
+        raise ValueError(f"{init_from} has {config.vocab_size} ids, and {data_dir} has {meta['vocab_size']}")
+    if config.block_size < block_size:
+        raise ValueError(
+            f"{init_from} has a context of {config.block_size} tokens, less than block_size ({block_size})"
+        )
     if not 2 <= bp_min <= bp_max <= config.n_steps:
         raise ValueError(f"bp_min and bp_max must rise from 2 to at most H_cycles * (L_cycles + 1) = {config.n_steps}")
+    if resumed:
+        there, here = resumed["config"], asdict(config)
+        differs = ", ".join(f"{k} {there.get(k)}" for k in here if there.get(k) != here[k])
+        if differs:
+            raise ValueError(f"{out / 'ckpt.pt'} holds another model than the settings ask for: there, {differs}")
+        model.load_state_dict(resumed["model"])
+    if out.resolve() == Path(init_from).resolve():
+        raise ValueError(f"init_from is out_dir ({out}); give the new run another with --out_dir")
 except (ValueError, OSError) as e:
-    fail(e)
-if loader.left_out:
-    say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size = {block_size} and left out")
-has_val = meta["splits"]["val"]["documents"] > 0
-if epochs:
-    max_iters = max(1, round(epochs * int(loader.lengths[loader.fitting].sum()) / (batch_size * block_size)))
-rows = batch_size // world_size
-micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(micro_batch_size, 1))
-
-# model and optimizer
-torch.manual_seed(seed)
-iteration, tokens, best_val = 0, 0, math.inf
-if resumed:
-    if resumed["config"] != asdict(config):
-        differs = ", ".join(f"{k} {resumed['config'].get(k)}" for k, v in asdict(config).items() if resumed["config"].get(k) != v)
-        fail(f"{out / 'ckpt.pt'} holds another model than these settings: there, {differs}")
-    model = HRM(config)
-    model.load_state_dict(resumed["model"])
-    iteration, tokens, best_val = resumed["iter"], resumed["tokens"], resumed["best_val"]
-elif init_from == "scratch":
-    model = HRM(config)
-else:
-    try:
-        model = HRM.from_pretrained(init_from)
-    except (ValueError, OSError) as e:
-        fail(e)
-    config = model.config
-    if config.vocab_size != meta["vocab_size"] or config.block_size < block_size:
-        fail(f"{init_from} has {config.vocab_size} ids and a context of {config.block_size}; data and settings ask for others")
+    sys.exit(f"train.py: {e}")
 model.to(device)
-model.compute_dtype = getattr(torch, dtype)
-model.attention, model.recompute_blocks = attention, recompute_blocks
+model.compute_dtype, model.attention, model.recompute_blocks = dtype, attention, recompute_blocks
+for tensor in model.state_dict().values() if world_size > 1 else ():
+    dist.broadcast(tensor, 0)
 optimizer = AdamATan2(model.parameters(), learning_rate, (beta1, beta2), weight_decay, ema or None)
+iteration = tokens = 0
 if resumed:
     optimizer.load_state_dict(resumed["optimizer"])
+    iteration, tokens = resumed["iter"], resumed["tokens"]
     del resumed
 if compile:
     try:  # a machine without a C++ compiler or Triton still trains
@@ -179,8 +161,6 @@ if compile:
         say(f"torch.compile does not work here ({type(e).__name__}), so the blocks run uncompiled")
 if on_cuda and attention == "auto" and not model.compile_blocks:
     say("attention: SDPA over padded documents; FlexAttention needs compiled blocks")
-for tensor in model.state_dict().values() if world_size > 1 else ():
-    dist.broadcast(tensor, 0)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -206,7 +186,7 @@ def bp_steps_at(i):
 def loss_of(batch, bp_steps=None):
     """This rank's share of the step's mean loss over targets; with gradient enabled, runs the backward passes too."""
     total = torch.zeros((), device=device)
-    for parts in zip(*(t.split(micro) for t in batch[:4])):
+    for parts in zip(*(t.split(micro_batch_size) for t in batch[:4])):
         share = int((parts[1] != IGNORE).sum()) / batch.n_targets
         if on_cuda:
             parts = [t.pin_memory() for t in parts]
@@ -229,8 +209,8 @@ def over_ranks(*values):
 def train_step(batch, bp_steps, lr):
     optimizer.zero_grad(set_to_none=True)
     loss = loss_of(batch, bp_steps)
-    # Summed here and not by DistributedDataParallel: which weights have a gradient depends on bp_steps (the embedding has
-    # none at 2), but it is the same ones on every rank.
+    # Summed here and not by DistributedDataParallel: which weights have a gradient depends on bp_steps (the embedding
+    # has none at 2), but it is the same ones on every rank.
     if world_size > 1:
         sums = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None]
         for s in sums:
@@ -243,7 +223,7 @@ def train_step(batch, bp_steps, lr):
 @torch.no_grad()
 def validate():
     """Mean loss over the targets of val.bin (the first eval_iters batches of it), with the averaged weights."""
-    loader = data.Loader(data_dir, "val", micro * world_size, block_size, 0, rank, world_size, epochs=1)
+    loader = data.Loader(data_dir, "val", micro_batch_size * world_size, block_size, 0, rank, world_size, epochs=1)
     total = torch.zeros((), device=device)
     n_targets = 0
     with optimizer.averaged() if ema else nullcontext():
@@ -267,7 +247,6 @@ def save_checkpoint():
         "settings": settings,
         "iter": iteration,
         "tokens": tokens,
-        "best_val": best_val,
         "loader": loader.state,
     }
     torch.save(ckpt, out / "ckpt.pt.part")
@@ -299,9 +278,16 @@ signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
-name = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+name = (
+    torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+)
 peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
 if master:
+    if init_from != "resume" and (out / "ckpt.pt").exists():
+        aside = next(p for p in (Path(f"{out}.{i}") for i in range(1, 10**6)) if not p.exists())
+        out.rename(aside)
+        say(f"{out} held another run, which is now {aside}")
+    out.mkdir(parents=True, exist_ok=True)
     for file in ("meta.json", "tokenizer.tiktoken"):  # so that sample.py and eval.py need only out_dir
         shutil.copy(data_dir / file, out / file)
     log_file = open(out / "log.jsonl", "a", encoding="utf-8")
@@ -309,11 +295,12 @@ if master:
         try:
             import wandb
         except ImportError:
-            fail("wandb_log needs the package wandb: pip install wandb")
+            sys.exit("train.py: wandb_log needs the package wandb: pip install wandb")
         wandb.init(project=wandb_project, name=wandb_run_name or None, config=settings)
 n_params = sum(p.numel() for p in model.parameters())
-say(f"{n_params:,} parameters on {world_size} x {name}, {dtype}, blocks {'compiled' if model.compile_blocks else 'not compiled'}")
-say(f"{max_iters:,} steps of {batch_size} x {block_size} tokens, {rows // micro} micro-batches of {micro} rows; log: {out / 'log.jsonl'}")
+blocks = "compiled" if model.compile_blocks else "not compiled"
+say(f"{n_params:,} parameters, {world_size} x {name}, {str(dtype).removeprefix('torch.')}, blocks {blocks}")
+say(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {out / 'log.jsonl'}")
 
 bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
 clock, clock_tokens = time.perf_counter(), tokens
@@ -332,9 +319,9 @@ while iteration < max_iters and not stopped:
         text = f"step {iteration}: loss {loss:.4f}, lr {lr:.2e}, bp_steps {bp_steps}, {speed:,.0f} tokens/s"
         say(text + (f", mfu {mfu:.1%}" if mfu else ""))
         clock, clock_tokens = time.perf_counter(), tokens
-    if has_val and (iteration == max_iters or eval_interval and iteration % eval_interval == 0):
+    evaluate_now = iteration == max_iters or (eval_interval and iteration % eval_interval == 0)
+    if evaluate_now and meta["splits"]["val"]["documents"]:
         val_loss = validate()
-        best_val = min(best_val, val_loss)
         log(iter=iteration, val_loss=val_loss)
         say(f"step {iteration}: validation loss {val_loss:.4f}")
         clock, clock_tokens = time.perf_counter(), tokens
@@ -346,4 +333,5 @@ say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {o
 if world_size > 1:
     dist.destroy_process_group()
 if master and final_eval and not stopped:
-    sys.exit(subprocess.run([sys.executable, "eval.py", f"--out_dir={out_dir}", f"--tasks={final_eval}"]).returncode)
+    evaluation = [Path(__file__).with_name("eval.py"), f"--out_dir={out_dir}", f"--tasks={final_eval}"]
+    sys.exit(subprocess.run([sys.executable, *evaluation]).returncode)

@@ -1,0 +1,28 @@
+"""
+The published 1B model: 60B tokens, 40B of them unique (46 hours on 16 H100 with the published code).
+
+    python data.py config/hrm1b.py
+    torchrun --standalone --nproc_per_node=8 train.py config/hrm1b.py
+"""
+
+# data.py
+dataset = "hrm1b"
+source = "sapientinc/HRM-Text-data-io-cleaned-20260515"  # columns condition, instruction, response
+tokenizer = "train:65536"
+val_fraction = 0.0001
+
+# train.py
+out_dir = "out-hrm1b"
+block_size = 4096
+batch_size = 48  # 196,608 tokens per step
+micro_batch_size = 2  # of 80 GB; activations are about 20 GB per row
+n_layer = 32
+n_head = 12
+n_embd = 1536
+max_iters = 305176  # 60B tokens
+learning_rate = 2.2e-4
+warmup_iters = 2000
+ema = 0.9999
+eval_interval = 2000
+eval_iters = 50
+checkpoint_interval = 1000

@@ -1,0 +1,148 @@
+"""
+Exact-match accuracy of a trained model, by greedy generation with its averaged weights.
+
+    python eval.py                                                   # the model in out/, on the task it was trained for
+    python eval.py --out_dir=out-gsm8k --tasks=gsm8k --limit=100     # GSM8K's test set, from the hub
+    python eval.py --tasks=gsm8k,problems --gsm8k_source=test.jsonl --save_generations=True
+
+Prints a table and writes out_dir/eval.json; with save_generations also out_dir/generations-<task>.jsonl. A generation
+that holds no number counts as wrong and is reported as invalid.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import data
+from configurator import configure
+from model import HRM, choose_device
+
+# ----------------------------------------------------------------------------------------------------
+# settings
+out_dir = "out"  # of train.py
+tasks = ""  # problems, gsm8k, or both with a comma between; "": problems for a model trained on them, else gsm8k
+limit = 0  # questions per task; 0: all
+condition = ""  # of the prompts; "": what most of the training documents have
+gsm8k_source = "openai/gsm8k"  # on the hub, or a local .jsonl or .parquet file, or a directory
+batch_size = 128
+max_new_tokens = 512
+average = True  # the weights' moving average; False: the weights themselves
+save_generations = False  # every prompt, generation, reference and verdict, as jsonl
+device = "auto"  # cpu, cuda or mps
+dtype = "auto"  # float32 or bfloat16; auto is bfloat16 on cuda
+settings = configure(globals())
+# ----------------------------------------------------------------------------------------------------
+# tasks: {name: rows of (question, reference)}
+
+
+def problems(meta):
+    """The validation split of the embedded word problems: that of the model's own dataset, if trained on them."""
+    made = meta["made"] if meta["made"]["source"] == "problems" else {"n_val_problems": 1000, "seed": 1337}
+    return [
+        (row["instruction"], row["response"]) for row in data.word_problems("val", made["n_val_problems"], made["seed"])
+    ]
+
+
+def gsm8k(meta):
+    """The test set of grade-school mathematics (Cobbe et al. 2021)."""
+    fields = {"instruction": "question", "response": "answer"}
+    pairs = [(where, data.to_pair(row, fields)) for where, row in data.read_rows(gsm8k_source, "main", "test")]
+    for where, pair in pairs:
+        if isinstance(pair, str):
+            raise ValueError(f"{where}: {pair}")
+    return [pair[:2] for _, pair in pairs]
+
+
+TASKS = {"problems": problems, "gsm8k": gsm8k}
+
+
+# ----------------------------------------------------------------------------------------------------
+# answers
+
+
+def extract(text):
+    """The answer in a text: what the last \\boxed{} holds, or what follows the last ####, or all of it."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for i in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : i]
+    return text.rpartition("####")[2]
+
+
+def to_number(text):
+    """The whole number that a text writes, commas and $ aside, or None."""
+    try:
+        return int(float(text.replace(",", "").replace("$", "")))
+    except (ValueError, OverflowError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------
+# running
+
+
+def evaluate(rows, model, encoding, condition, name):
+    """
+    Answer (question, reference) rows. Returns a dict per row (prompt, generation, reference, verdict: right, wrong or
+    invalid) and the new tokens per second.
+    """
+    prompts = [data.encode_prompt(encoding, question, condition) for question, _ in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # alike in length, a batch wastes little
+    results, n_new, clock = [None] * len(rows), 0, time.perf_counter()
+    with tqdm(total=len(rows), desc=name, unit=" questions") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = order[start : start + batch_size]
+            fits = [i for i in batch if len(prompts[i]) <= model.config.block_size]  # others are answered with nothing
+            stop = data.special_id(encoding, "eoa")
+            new = dict(zip(fits, model.generate([prompts[i] for i in fits], max_new_tokens, stop_token=stop)))
+            n_new += sum(map(len, new.values()))
+            for i in batch:
+                text, (question, reference) = encoding.decode(new.get(i, [])), rows[i]
+                answer, truth = to_number(extract(text)), to_number(extract(reference))
+                verdict = "invalid" if answer is None else "right" if answer == truth else "wrong"
+                results[i] = dict(prompt=question, generation=text, reference=reference, verdict=verdict)
+            bar.update(len(batch))
+            known = [r["verdict"] for r in results if r]
+            bar.set_postfix(accuracy=f"{known.count('right') / len(known):.1%}")
+    return results, n_new / (time.perf_counter() - clock)
+
+
+try:
+    device, dtype = choose_device(device, dtype)
+    model = HRM.from_pretrained(out_dir, average).to(device, dtype).eval()
+    model.compute_dtype = dtype
+    encoding, meta = data.load_encoding(out_dir), data.read_meta(out_dir)
+    condition = condition or data.usual_condition(meta)
+    tasks = tasks or ("problems" if meta["made"]["source"] == "problems" else "gsm8k")
+    weights = "averaged" if average else "plain"
+    print(f"{out_dir}: {weights} weights, on {device}, {dtype}; condition: {condition or 'none'}")
+    table = {}
+    for name in tasks.split(","):
+        if name not in TASKS:
+            raise ValueError(f"there is no task '{name}'; the tasks are {', '.join(TASKS)}")
+        rows = TASKS[name](meta)[: limit or None]
+        results, speed = evaluate(rows, model, encoding, condition, name)
+        verdicts = [r["verdict"] for r in results]
+        accuracy, invalid = (verdicts.count(v) / max(len(rows), 1) for v in ("right", "invalid"))
+        table[name] = dict(accuracy=accuracy, invalid=invalid, count=len(rows), tokens_per_sec=round(speed, 1))
+        if save_generations:
+            path = Path(out_dir, f"generations-{name}.jsonl")
+            path.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
+            print(f"generations: {path}")
+except (ValueError, OSError) as e:
+    sys.exit(f"eval.py: {e}")
+except KeyboardInterrupt:
+    sys.exit("eval.py: interrupted; nothing was written")
+
+print(f"{'task':<12}{'accuracy':>10}{'invalid':>10}{'count':>8}{'tokens/s':>10}")
+for name, r in table.items():
+    print(f"{name:<12}{r['accuracy']:>10.2%}{r['invalid']:>10.2%}{r['count']:>8,}{r['tokens_per_sec']:>10,.0f}")
+path = Path(out_dir, "eval.json")
+path.write_text(json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n", encoding="utf-8")
+print(f"written to {path}")

@@ -1,0 +1,99 @@
+"""What the tests share: a tiny model, a tiny dataset, and the model once more, written as plainly as can be."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import data  # noqa: E402
+from model import HRM, HRMConfig  # noqa: E402
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return HRM(HRMConfig(**{**dict(vocab_size=263, block_size=64, n_layer=4, n_head=2, n_embd=32), **changes}))
+
+
+def documents(lengths=((9, 7), (1, 3), (17, 1), (4, 12)), vocab_size=263):
+    """Random documents as (ids, length of the prefix), from (prefix, response) lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randint(vocab_size, (p + r,), generator=generator), p) for p, r in lengths]
+
+
+def pack(docs, T):
+    """One row (1, T) of idx, targets, doc, prefix that holds documents one after the other, padded at the end."""
+    idx, targets = torch.zeros(1, T, dtype=torch.long), torch.full((1, T), -100)
+    doc, prefix = torch.full((1, T), -1), torch.zeros(1, T, dtype=torch.bool)
+    at = 0
+    for number, (ids, p) in enumerate(docs):
+        n = len(ids) - 1
+        idx[0, at : at + n] = ids[:-1]
+        targets[0, at + p - 1 : at + n] = ids[p:]
+        doc[0, at : at + n] = number
+        prefix[0, at : at + p] = True
+        at += n
+    return idx, targets, doc, prefix
+
+
+def plain_logits(model, ids, n_prefix, bp_steps=8):
+    """Logits (T, vocab_size) of one document from the model's weights alone: loops, one dense mask, explicit detach."""
+    c, T, dim = model.config, len(ids), model.config.n_embd // model.config.n_head
+    place = torch.arange(T)
+    visible = place[None, :] <= place[:, None]
+    if c.prefix_lm:
+        visible = visible | (place[None, :] < n_prefix)
+    theta = c.rope_theta ** (-torch.arange(0, dim, 2) / dim)
+    turn = torch.polar(torch.ones(T, dim // 2), place[:, None] * theta)  # rotate-half pairs channel i with i + dim/2
+
+    def rms(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt()
+
+    def rope(x):
+        pairs = torch.complex(x[:, : dim // 2], x[:, dim // 2 :]) * turn
+        return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+    def block(x, b):
+        y = rms(x)
+        gate, q, k, v = (y @ w.T for w in b.gqkv_proj.chunk(4))
+        heads = []
+        for h in range(c.n_head):
+            at = slice(h * dim, (h + 1) * dim)
+            score = rope(q[:, at]) @ rope(k[:, at]).T / dim**0.5
+            heads.append(score.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, at])
+        x = x + (torch.sigmoid(gate) * torch.cat(heads, dim=-1)) @ b.o_proj.T
+        gate, up = (rms(x) @ w.T for w in b.gate_up_proj.chunk(2))
+        return x + (F.silu(gate) * up) @ b.down_proj.T
+
+    def stack(x, blocks):
+        for b in blocks:
+            x = block(x, b)
+        return rms(x)
+
+    H_grad = min(c.H_cycles, bp_steps - 1)
+    L_grad = bp_steps - H_grad
+    H_left, L_left = c.H_cycles, c.H_cycles * c.L_cycles
+    z_H, z_L = model.embed[ids] * c.n_embd**0.5, model.z_L_init.expand(T, -1)
+    while H_left:
+        for _ in range(c.L_cycles):
+            z_L = stack(z_L + z_H, model.L)
+            z_L = z_L if L_left <= L_grad else z_L.detach()
+            L_left -= 1
+        z_H = stack(z_H + z_L, model.H)
+        z_H = z_H if H_left <= H_grad else z_H.detach()
+        H_left -= 1
+    return z_H @ model.lm_head.T
+
+
+@pytest.fixture(scope="session")
+def problems_dir(tmp_path_factory):
+    """A small prepared dataset of word problems."""
+    directory = tmp_path_factory.mktemp("data") / "problems"
+    data.prepare(directory, n_problems=300, n_val_problems=20)
+    return directory

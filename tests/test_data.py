@@ -1,0 +1,312 @@
+"""From pairs to rows: tokenizers, the document format, sources, what is refused, and the packing plan."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401
+
+import data
+from data import IGNORE, Loader, encode_prompt, make_encoding, prepare
+
+ROWS = [{"instruction": f"What is {i} plus {i}?", "response": f"{2 * i} é"} for i in range(300)]
+TEXTS = [
+    "",
+    "plain",
+    "naïve café — 数学 🙂",
+    "a\tb\r\n  c   ",
+    "def f(x):\n    return x ** 2\n",
+    "<|im_end|> <|box_end|>",
+    "\x00\x7f",
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return str(path)
+
+
+def texts_of(directory, split):
+    """The documents of a split, decoded."""
+    encoding, meta = data.load_encoding(directory), data.read_meta(directory)
+    tokens = np.fromfile(directory / f"{split}.bin", dtype=meta["dtype"])
+    ends = data.read_index(directory, split)[:, 0]
+    return [encoding.decode(d.tolist()) for d in np.split(tokens, ends)[:-1]]
+
+
+# ----------------------------------------------------------------------------------------------------
+# tokenizers and the document format
+
+
+def test_byte_tokenizer_round_trips_every_text():
+    encoding = make_encoding("bytes")
+    assert encoding.n_vocab == 256 + len(data.SPECIAL)
+    for text in TEXTS:
+        assert encoding.encode_ordinary(text) == list(text.encode())
+
+
+def test_trained_tokenizer_round_trips_and_has_the_size_asked_for(tmp_path):
+    pytest.importorskip("rustbpe")
+    encoding = make_encoding("train:300", texts=[row["instruction"] for row in data.word_problems("train", 300, 0)])
+    assert encoding.n_vocab == 300
+    for text in TEXTS:
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": data.save_encoding(encoding, tmp_path)}))
+    again = data.load_encoding(tmp_path)
+    from_file = make_encoding(str(tmp_path / "tokenizer.tiktoken"))
+    for text in TEXTS + [row["instruction"] for row in ROWS]:
+        assert again.encode_ordinary(text) == from_file.encode_ordinary(text) == encoding.encode_ordinary(text)
+    assert again._special_tokens == encoding._special_tokens
+
+
+@pytest.mark.parametrize("wrong", ["train:12", "train:x", "no_such_encoding"])
+def test_unknown_tokenizers_are_refused(wrong):
+    with pytest.raises(ValueError, match="tokenizer="):
+        make_encoding(wrong)
+
+
+def test_document_format(tmp_path):
+    """boq, tags in the order written, instruction, eoq | response, eoa. Text that spells special tokens is text."""
+    rows = [{"instruction": "2<|im_end|>?", "response": "<|box_end|>4", "condition": "synth,cot"}]
+    prepare(tmp_path / "d", source=write_jsonl(tmp_path / "a.jsonl", rows), val_fraction=0.0)
+    tokens = np.fromfile(tmp_path / "d" / "train.bin", dtype=np.uint16).tolist()
+    boq, eoq, eoa, direct, cot, noisy, synth = range(256, 263)
+    want = [boq, synth, cot, *b"2<|im_end|>?", eoq, *b"<|box_end|>4", eoa]
+    assert tokens == want
+    assert data.read_index(tmp_path / "d", "train").tolist() == [[len(want), want.index(eoq) + 1]]
+    assert encode_prompt(make_encoding("bytes"), "2<|im_end|>?", "synth,cot") == want[: want.index(eoq) + 1]
+    batch = next(Loader(tmp_path / "d", "train", 1, 64, epochs=1))
+    n, p = len(want), want.index(eoq) + 1
+    assert batch.idx[0, : n - 1].tolist() == want[:-1]
+    assert batch.targets[0].tolist() == [IGNORE] * (p - 1) + want[p:] + [IGNORE] * (64 - n + 1)
+    assert batch.prefix[0].tolist() == [i < p for i in range(64)]
+    assert batch.doc[0].tolist() == [0] * (n - 1) + [-1] * (64 - n + 1)
+    assert (batch.n_targets, batch.n_tokens) == (n - p, n - 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# sources
+
+
+def test_word_problems_are_right_and_validation_numbers_are_new():
+    seen = {"train": set(), "val": set()}
+    for split, combinations in seen.items():
+        for row in data.word_problems(split, 3000, seed=0):
+            *working, last = row["response"].split("\n")
+            numbers = {c for c in "".join(ch if ch.isdigit() else " " for ch in row["instruction"]).split()}
+            for step in working:
+                left, _, right = step.partition("=")
+                assert eval(left) == int(right) > 0
+            assert last == f"#### {int(right)}"
+            operations = "".join(ch for step in working for ch in step.partition("=")[0] if ch in "+-*/")
+            combinations.add((operations, tuple(sorted(numbers)), tuple(working)))
+    assert not seen["train"] & seen["val"] and len(seen["val"]) > 300
+    assert len({c[0] for c in seen["val"]}) == len({c[0] for c in seen["train"]}) > 8
+    again = list(data.word_problems("val", 20, seed=0))
+    assert again == list(data.word_problems("val", 20, seed=0)) != list(data.word_problems("val", 20, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory"])
+def test_local_sources(tmp_path, kind):
+    rows = [{"q": row["instruction"], "a": row["response"]} for row in ROWS]
+    if kind == "jsonl":
+        source = write_jsonl(tmp_path / "x.jsonl", rows)
+    elif kind == "json":
+        source = str(tmp_path / "x.json")
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+    elif kind == "parquet":
+        import pyarrow.parquet
+        from pyarrow import Table
+
+        source = str(tmp_path / "x.parquet")
+        pyarrow.parquet.write_table(Table.from_pylist(rows), source)
+    else:
+        source = str(tmp_path)
+        write_jsonl(tmp_path / "train.jsonl", rows[:200])
+        write_jsonl(tmp_path / "test.jsonl", rows[200:])
+    val_split = "test" if kind == "directory" else ""
+    meta = prepare(
+        tmp_path / "d",
+        source=source,
+        fields={"instruction": "q", "response": "a"},
+        val_split=val_split,
+        val_fraction=0.2,
+    )
+    train, val = texts_of(tmp_path / "d", "train"), texts_of(tmp_path / "d", "val")
+    want = [f"<|im_start|>{r['q']}<|im_end|>{r['a']}<|box_end|>" for r in rows]
+    assert sorted(train + val) == sorted(want) and val
+    assert meta["splits"]["train"]["documents"] == len(train)
+    if kind == "directory":
+        assert (train, val) == (want[:200], want[200:])
+
+
+def test_gsm8k_answers(tmp_path):
+    answer = "He has 48/2 = <<48/2=24>>24 left.\n#### 24"
+    source = write_jsonl(tmp_path / "x.jsonl", [{"question": "How many?", "answer": answer}])
+    fields = {"instruction": "question", "response": "answer"}
+    for kind, tag, response in (
+        ("cot", "<|object_ref_end|>", answer.replace("<<48/2=24>>", "")),
+        ("direct", "<|object_ref_start|>", "24"),
+    ):
+        prepare(tmp_path / kind, source=source, fields=fields, answer=kind, strip_annotations=True, val_fraction=0.0)
+        assert texts_of(tmp_path / kind, "train") == [f"<|im_start|>{tag}How many?<|im_end|>{response}<|box_end|>"]
+
+
+BAD = [
+    ("{not json", "not a JSON object"),
+    ("[1, 2]", "not a JSON object"),
+    ('{"instruction": "a"}', "no text in the field 'response'"),
+    ('{"instruction": 3, "response": "b"}', "no text in the field 'instruction'"),
+    ('{"instruction": "  ", "response": "b"}', "empty instruction"),
+    ('{"instruction": "a", "response": ""}', "empty response"),
+    ('{"instruction": "a", "response": "b", "condition": "cto"}', "unknown condition 'cto'"),
+]
+
+
+@pytest.mark.parametrize("line, why", BAD)
+def test_a_bad_row_is_named_by_file_and_line_and_leaves_nothing(tmp_path, line, why):
+    source = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], line, ROWS[1]])
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: " + why):
+        prepare(tmp_path / "d", source=source)
+    assert not (tmp_path / "d").exists()
+
+
+def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
+    source = write_jsonl(tmp_path / "x.jsonl", [*ROWS[:2], *(line for line, _ in BAD)])
+    meta = prepare(tmp_path / "d", source=source, skip_bad=True, val_fraction=0.0)
+    assert meta["splits"]["train"]["documents"] == 2
+    assert meta["splits"]["train"]["dropped"] == dict(Counter(why for _, why in BAD))
+    assert "2 (not a JSON object)" in data.report("d", meta)
+
+
+def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path):
+    rows = [
+        {"instruction": "i" * 10, "response": "r" * 17},  # boq, eoq and eoa make 30: just fits 29 inputs
+        {"instruction": "i" * 10, "response": "R" * 18},
+        {"instruction": "i" * 50, "response": "r"},
+    ]
+    source = write_jsonl(tmp_path / "x.jsonl", rows)
+    meta = prepare(tmp_path / "t", source=source, block_size=29, val_fraction=0.0)
+    assert texts_of(tmp_path / "t", "train")[1] == f"<|im_start|>{'i' * 10}<|im_end|>{'R' * 18}"  # no eoa
+    assert meta["splits"]["train"]["truncated"] == 1
+    assert meta["splits"]["train"]["dropped"] == {"instruction too long": 1}
+    meta = prepare(tmp_path / "d", source=source, block_size=29, too_long="drop", val_fraction=0.0)
+    assert len(texts_of(tmp_path / "d", "train")) == 1
+    assert meta["splits"]["train"]["dropped"] == {"too long": 1, "instruction too long": 1}
+
+
+def test_a_dataset_is_replaced_whole_and_other_directories_are_left_alone(tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl", ROWS)
+    prepare(tmp_path / "d", source=good)
+    before = texts_of(tmp_path / "d", "train")
+    with pytest.raises(ValueError):
+        prepare(tmp_path / "d", source=write_jsonl(tmp_path / "bad.jsonl", [*ROWS, "{"]))
+    assert texts_of(tmp_path / "d", "train") == before
+    prepare(tmp_path / "d", source=write_jsonl(tmp_path / "less.jsonl", ROWS[:10]), val_fraction=0.0)
+    assert len(texts_of(tmp_path / "d", "train")) == 10
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="no prepared dataset"):
+        prepare(tmp_path / "mine", source=good)
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match="no file .*nowhere.jsonl"):
+        prepare(tmp_path / "d", source=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ValueError, match="cannot load the dataset"):
+        prepare(tmp_path / "d", source="nobody/nothing")
+
+
+# ----------------------------------------------------------------------------------------------------
+# the packing loader
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory):
+    """2,000 documents with lengths spread like GSM8K's; each is recognisable by its text."""
+    directory = tmp_path_factory.mktemp("varied")
+    lengths = np.random.default_rng(0).lognormal(5.3, 0.45, 2000).astype(int)
+    rows = [{"instruction": f"{i} " + "q" * (n // 2), "response": "r" * (n // 2)} for i, n in enumerate(lengths)]
+    prepare(directory / "d", source=write_jsonl(directory / "x.jsonl", rows), val_fraction=0.0, block_size=2048)
+    return directory / "d"
+
+
+def documents_in(batch, encoding):
+    """The instruction numbers of a batch's documents, checked to be whole."""
+    found = []
+    for idx, doc in zip(batch.idx, batch.doc):
+        for number in range(int(doc.max()) + 1):
+            text = encoding.decode(idx[doc == number].tolist())
+            assert text.startswith("<|im_start|>") and "<|im_end|>r" in text
+            found.append(int(text.removeprefix("<|im_start|>").split()[0]))
+    return found
+
+
+@pytest.mark.parametrize("rows, T", [(1, 2048), (4, 2048), (2, 1500)])
+def test_an_epoch_has_every_document_once(varied, rows, T):
+    encoding = data.load_encoding(varied)
+    seen = Counter()
+    for batch in Loader(varied, "train", rows, T, seed=3, epochs=1):
+        seen.update(documents_in(batch, encoding))
+    assert seen == Counter(range(2000))
+    twice = Counter()
+    for batch in Loader(varied, "train", rows, T, seed=3, epochs=2):
+        twice.update(documents_in(batch, encoding))
+    assert twice == Counter({i: 2 for i in range(2000)})
+
+
+def test_rows_are_full(varied):
+    batches = [next(loader) for loader in [Loader(varied, "train", 4, 4096)] for _ in range(60)]
+    assert sum(b.n_tokens for b in batches) >= 0.995 * 60 * 4 * 4096
+    assert all(
+        b.n_tokens == int((b.doc >= 0).sum()) and b.n_targets == int((b.targets != IGNORE).sum()) for b in batches
+    )
+
+
+def test_ranks_share_one_plan(varied):
+    whole = Loader(varied, "train", 4, 2048, seed=1)
+    ranks = [Loader(varied, "train", 4, 2048, seed=1, rank=r, world_size=3) for r in range(3)]
+    for _ in range(5):
+        want, parts = next(whole), [next(loader) for loader in ranks]
+        for i in range(4):
+            for r in range(3):
+                assert torch.equal(want[i][r::3], parts[r][i])
+        assert all(want[4:] == part[4:] for part in parts)
+    with pytest.raises(ValueError, match="4 rows is too small for 5 ranks"):
+        Loader(varied, "train", 4, 2048, world_size=5)
+
+
+def test_state_resumes_without_replay(varied):
+    loader = Loader(varied, "train", 4, 2048, seed=1)
+    for _ in range(80):  # over the end of an epoch
+        next(loader)
+    state = json.loads(json.dumps(loader.state))
+    resumed = Loader(varied, "train", 4, 2048, seed=1, state=state)
+    for _ in range(70):
+        a, b = next(loader), next(resumed)
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4]))
+    assert loader.state == resumed.state and loader.state["epoch"] >= 2
+
+
+def test_seeds_and_epochs_differ(varied):
+    first = [next(Loader(varied, "train", 1, 2048, seed=s)).idx for s in (1, 2)]
+    assert not torch.equal(*first)
+    loader = Loader(varied, "train", 1, 2048, seed=1)
+    orders = [loader._permutation(epoch) for epoch in (0, 1)]
+    assert not np.array_equal(*orders) and np.array_equal(*map(np.sort, orders))
+
+
+def test_documents_longer_than_a_row_are_left_out_and_counted(varied):
+    loader = Loader(varied, "train", 2, 256)
+    assert loader.left_out == int((loader.lengths > 256).sum()) > 0
+    seen = [
+        n
+        for batch in Loader(varied, "train", 2, 256, epochs=1)
+        for n in documents_in(batch, data.load_encoding(varied))
+    ]
+    assert len(seen) == 2000 - loader.left_out
+    with pytest.raises(ValueError, match="no document"):
+        Loader(varied, "train", 2, 8)

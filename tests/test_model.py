@@ -1,0 +1,329 @@
+"""The model against its definition: a plain implementation, transformers', and the published code's numbers."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import documents, pack, plain_logits, tiny_model
+
+from model import HRM, AdamATan2, HRMConfig, flex_mask, packed_mask
+
+
+def close(a, b, tolerance=1e-5):
+    """Largest difference relative to the largest value."""
+    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("prefix_lm", [True, False])
+def test_packed_row_gives_each_document_its_own_logits(prefix_lm):
+    model, docs = tiny_model(prefix_lm=prefix_lm), documents()
+    idx, _, doc, prefix = pack(docs, 64)
+    logits, loss = model(idx, doc=doc, prefix=prefix)
+    assert loss is None and logits.isfinite().all()
+    for number, (ids, p) in enumerate(docs):
+        packed = logits[0, doc[0] == number]
+        assert close(packed, plain_logits(model, ids[:-1], p))
+        alone, _ = model(ids[None, :-1], prefix=torch.arange(len(ids) - 1)[None] < p)
+        assert close(packed, alone[0])
+
+
+def test_document_is_not_moved_by_its_neighbours():
+    """Changing every token of one document leaves the others' logits the same, exactly."""
+    model, docs = tiny_model(), documents()
+    idx, _, doc, prefix = pack(docs, 64)
+    before, _ = model(idx, doc=doc, prefix=prefix)
+    after, _ = model(torch.where(doc == 1, (idx + 1) % 263, idx), doc=doc, prefix=prefix)
+    others = (doc[0] != 1) & (doc[0] >= 0)
+    assert torch.equal(before[0, others], after[0, others])
+    assert not close(after[0, doc[0] == 1], before[0, doc[0] == 1])
+
+
+def test_response_is_causal_and_prefix_is_not():
+    model, (ids, p) = tiny_model(), documents([(10, 10)])[0]
+    prefix = torch.arange(20)[None] < p
+    before, _ = model(ids[None], prefix=prefix)
+    for changed, first_moved in ((15, 15), (9, 0)):
+        other = ids.clone()
+        other[changed] = (other[changed] + 1) % 263
+        moved = (model(other[None], prefix=prefix)[0] - before).abs().amax(-1)[0] > 1e-6
+        assert moved.nonzero()[0].item() == first_moved
+
+
+@pytest.mark.parametrize("bp_steps", range(2, 9))
+def test_gradients_equal_a_plain_loop_with_detach(bp_steps):
+    model, docs = tiny_model(), documents()
+    idx, targets, doc, prefix = pack(docs, 64)
+    model(idx, targets, doc, prefix, bp_steps)[1].backward()
+    packed = gradients(model)
+    model.zero_grad()
+    n = sum(len(ids) - p for ids, p in docs)
+    for ids, p in docs:
+        logits = plain_logits(model, ids[:-1], p, bp_steps)
+        (torch.nn.functional.cross_entropy(logits[p - 1 :], ids[p:], reduction="sum") / n).backward()
+    plain = gradients(model)
+    assert packed.keys() == plain.keys()
+    assert ("embed" in packed) == (bp_steps > 2)
+    for name in plain:
+        assert close(packed[name], plain[name]), name
+
+
+@pytest.mark.parametrize("bp_steps", [1, 9])
+def test_bp_steps_out_of_range(bp_steps):
+    with pytest.raises(ValueError, match="bp_steps must be from 2 to"):
+        tiny_model()(torch.zeros(1, 4, dtype=torch.long), bp_steps=bp_steps)
+
+
+def test_padding_changes_nothing():
+    model, docs = tiny_model(), documents()
+    results = []
+    for T in (54, 64):
+        model.zero_grad()
+        loss = model(*pack(docs, T), bp_steps=5)[1]
+        loss.backward()
+        results.append((loss, gradients(model)))
+    assert close(results[0][0], results[1][0])
+    for name, g in results[0][1].items():
+        assert close(g, results[1][1][name]), name
+
+
+def test_rows_of_padding_alone_have_zero_loss_and_gradient():
+    model = tiny_model()
+    loss = model(*pack([], 16), bp_steps=5)[1]
+    loss.backward()
+    assert loss == 0 and all((g == 0).all() for g in gradients(model).values())
+    assert len(gradients(model)) == len(list(model.parameters()))
+
+
+def test_loss_in_chunks_and_recomputed_blocks_give_the_same_gradients(monkeypatch):
+    model, row = tiny_model(), pack(documents(), 64)
+    model(*row, bp_steps=5)[1].backward()
+    plain = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 3 * 263)
+    model.recompute_blocks = True
+    model(*row, bp_steps=5)[1].backward()
+    for name, g in gradients(model).items():
+        assert close(g, plain[name]), name
+
+
+@pytest.mark.parametrize("bp_steps", [2, 3, 4, 5])
+def test_bf16_gradients_agree_with_fp32(bp_steps):
+    model, row = tiny_model(n_embd=64), pack(documents(), 64)
+    model(*row, bp_steps=bp_steps)[1].backward()
+    fp32 = gradients(model)
+    model.zero_grad()
+    model.compute_dtype = torch.bfloat16
+    model(*row, bp_steps=bp_steps)[1].backward()
+    bf16 = gradients(model)
+    assert bf16.keys() == fp32.keys()
+    for name, g in bf16.items():
+        assert g.dtype == torch.float32
+        assert torch.cosine_similarity(g.flatten(), fp32[name].flatten(), dim=0) > 0.99, name
+
+
+def test_compiled_blocks_equal_eager_ones_and_compile_once():
+    """Every bp_steps and every length of documents runs on the code of the first two steps."""
+    model = tiny_model()
+    model.compile_blocks = True
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    for i, (bp_steps, lengths) in enumerate(
+        ((2, ((9, 7), (3, 4))), (5, ((30, 20),)), (3, ((5, 5),) * 6), (4, ((1, 1),)))
+    ):
+        row = pack(documents(lengths), 64)
+        model.zero_grad()
+        model(*row, bp_steps=bp_steps)[1].backward()
+        compiled = gradients(model)
+        if i == 0:
+            graphs = counters["stats"]["unique_graphs"]
+        model.compile_blocks = False
+        model.zero_grad()
+        model(*row, bp_steps=bp_steps)[1].backward()
+        model.compile_blocks = True
+        for name, g in gradients(model).items():
+            assert close(g, compiled[name]), name
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_both_masks_state_the_same_rule():
+    """FlexAttention's block mask, written out, shows each token what the padded batch of documents shows it."""
+    _, _, doc, prefix = pack(documents(), 64)
+    flex = flex_mask(doc, prefix)
+    q, k = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    dense = flex.mask_mod(torch.zeros_like(q), torch.zeros_like(q), q, k)
+    mask = packed_mask(doc, prefix)
+    D, _, L, _ = mask.visible.shape
+    real = (doc[0] >= 0).nonzero().squeeze(1)
+    for i in real:
+        document, place = divmod(mask.slot[i].item(), L)
+        seen = mask.token.view(D, L)[document][mask.visible[document, 0, place]]
+        assert torch.equal(seen.sort().values, dense[i].nonzero().squeeze(1))
+
+
+def test_flex_attention_gives_the_same_logits():
+    model = tiny_model()
+    idx, _, doc, prefix = pack(documents(), 64)
+    with torch.no_grad():
+        sdpa, _ = model(idx, doc=doc, prefix=prefix)
+        model.attention = "flex"
+        flex, _ = model(idx, doc=doc, prefix=prefix)
+    assert close(flex[doc >= 0], sdpa[doc >= 0])
+
+
+# ----------------------------------------------------------------------------------------------------
+# generation
+
+
+@pytest.mark.parametrize("prefix_lm", [True, False])
+def test_generation_with_cache_equals_full_forward_passes(prefix_lm):
+    model = tiny_model(prefix_lm=prefix_lm)
+    prompts = [ids.tolist() for ids, _ in documents(((5, 0), (1, 0), (23, 0)))]
+    new = model.generate(prompts, max_new_tokens=12)
+    for prompt, continuation in zip(prompts, new):
+        ids = list(prompt)
+        for _ in range(12):
+            logits = plain_logits(model, torch.tensor(ids), len(prompt))
+            ids.append(logits[-1].argmax().item())
+        assert continuation == ids[len(prompt) :]
+
+
+def test_generation_stops_at_the_stop_token_and_at_block_size():
+    model, prompts = tiny_model(block_size=16), [[1, 2, 3], [5] * 14]
+    free = model.generate(prompts, max_new_tokens=40)
+    assert [len(new) for new in free] == [14, 3]  # a row of 16 tokens predicts a 17th
+    stop = free[0][5]
+    stopped = model.generate(prompts, max_new_tokens=40, stop_token=stop)
+    assert stopped[0] == free[0][: free[0].index(stop)]
+    with pytest.raises(ValueError, match="block_size = 16"):
+        model.generate([[1] * 17], 1)
+
+
+def test_sampling_follows_its_seed_and_its_limits():
+    model, prompt = tiny_model(), [[7, 8, 9]] * 200
+    assert model.generate(prompt, 3, temperature=1.0, seed=5) == model.generate(prompt, 3, temperature=1.0, seed=5)
+    with torch.no_grad():
+        p = plain_logits(model, torch.tensor([7, 8, 9]), 3)[-1].softmax(-1)
+    likely = p.argsort(descending=True).tolist()
+    drawn = {new[0] for new in model.generate(prompt, 1, temperature=1.0, top_k=5, seed=0)}
+    assert len(drawn) > 1 and drawn <= set(likely[:5])
+    n = int((p.sort(descending=True).values.cumsum(0) < 0.3).sum()) + 1
+    assert {new[0] for new in model.generate(prompt, 1, temperature=1.0, top_p=0.3, seed=0)} <= set(likely[:n])
+    assert model.generate(prompt[:1], 4, temperature=1.0, top_k=1, seed=0) == model.generate(prompt[:1], 4)
+
+
+# ----------------------------------------------------------------------------------------------------
+# configuration, initial weights, optimizer
+
+
+def test_sizes_of_the_published_models():
+    c = HRMConfig()
+    assert (c.n_ff, c.head_dim, c.n_steps) == (4096, 128, 8)
+    with torch.device("meta"):
+        model = HRM(c)
+    assert model.flops_per_token(5) == pytest.approx(18.3e9, rel=0.01)  # the paper's 1B
+    block = sum(p.numel() for p in model.H[0].parameters())
+    assert block == pytest.approx(30.7e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(n_layer=3), dict(n_embd=33), dict(n_head=0), dict(L_cycles=0), dict(vocab_size=0)]
+)
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ValueError):
+        HRMConfig(**wrong)
+
+
+def test_initial_weights():
+    model = tiny_model(n_embd=128)
+    for name, w in model.named_parameters():
+        std = w.size(1) ** -0.5
+        assert w.std().item() == pytest.approx(std, rel=0.03), name
+        assert w.abs().max() < 3.05 * std
+    assert "z_L_init" in model.state_dict() and not model.z_L_init.requires_grad
+
+
+def test_optimizer_follows_the_formula():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 5))
+    idle = torch.nn.Parameter(torch.randn(4))
+    late = torch.nn.Parameter(torch.randn(2))  # gets its first gradient at step 3, and then counts from 1
+    optimizer = AdamATan2([p, idle, late], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, ema=0.8)
+    want = {q: [q.detach().double().clone(), 0.0, 0.0, q.detach().double().clone(), 0] for q in (p, late)}
+    idle_before = idle.detach().clone()
+    for step in range(5):
+        for q in want:
+            q.grad = torch.randn_like(q) if q is p or step >= 2 else None
+            if q.grad is None:
+                continue
+            q.grad.view(-1)[0] = 0.0  # a weight that never has a gradient only decays
+            x, m, v, average, t = want[q]
+            g, t = q.grad.double(), t + 1
+            x = x * (1 - 0.01 * 0.1)
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            x = x - 0.01 / (1 - 0.9**t) * torch.atan2(m, v.sqrt() / (1 - 0.95**t) ** 0.5)
+            want[q] = [x, m, v, 0.8 * average + 0.2 * x, t]
+        optimizer.step()
+    for q, (x, _, _, average, _) in want.items():
+        assert close(q, x, 1e-6) and close(optimizer.state[q]["ema"], average, 1e-6)
+    assert torch.equal(idle, idle_before) and torch.equal(optimizer.state[idle]["ema"], idle_before)
+    with optimizer.averaged():
+        assert close(p, want[p][3], 1e-6)
+    assert close(p, want[p][0], 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------
+# independent implementations
+
+
+def our_name(hf_name):
+    name = hf_name.removeprefix("model.").removesuffix(".weight").replace("embed_tokens", "embed")
+    return re.sub(r"([HL])_module\.layers\.(\d+)\.\w+\.", r"\1.\2.", name)
+
+
+@pytest.mark.skipif(
+    "HRM_REFERENCE" not in os.environ, reason="HRM_REFERENCE names no directory of the published code's numbers"
+)
+def test_published_code():
+    """Logits, loss, gradients and four optimizer steps that the published code computed, to 1e-5."""
+    from safetensors.torch import load_file
+
+    directory = Path(os.environ["HRM_REFERENCE"])
+    vectors = np.load(directory / "vectors.npz")
+    weights = {our_name(k): v for k, v in load_file(directory / "model.safetensors").items()}
+    idx, targets, doc, prefix = (torch.from_numpy(vectors[k])[None] for k in ("x", "y", "doc", "is_prefix"))
+    prefix = prefix.bool()
+
+    def section(name):
+        return {our_name(k.partition("/")[2]): vectors[k] for k in vectors if k.startswith(name + "/")}
+
+    model = HRM(HRMConfig(vocab_size=256, block_size=128, n_layer=4, n_head=2, n_embd=64))
+    model.load_state_dict(weights)
+    real = doc[0] >= 0
+    assert close(model(idx, doc=doc, prefix=prefix)[0][0, real], vectors["logits"][real])
+    for bp_steps in (2, 3, 5):
+        model.zero_grad()
+        loss = model(idx, targets, doc, prefix, bp_steps)[1]
+        loss.backward()
+        assert close(loss, vectors["loss"])
+        want = section(f"grad_bp{bp_steps}")
+        assert gradients(model).keys() == want.keys()
+        for name, g in gradients(model).items():
+            assert close(g, want[name]), name
+    optimizer = AdamATan2(model.parameters(), lr=3e-3, weight_decay=0.1, ema=0.9)
+    for want in vectors["train_losses"]:
+        optimizer.zero_grad()
+        loss = model(idx, targets, doc, prefix, 5)[1]
+        assert close(loss, want)
+        loss.backward()
+        optimizer.step()
+    params, averages = section("param_after4"), section("ema_after4")
+    for name, p in model.named_parameters():
+        assert close(p, params[name]) and close(optimizer.state[p]["ema"], averages[name]), name

@@ -1,0 +1,165 @@
+"""Whole runs of train.py, sample.py and eval.py, as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+TINY = "--n_layer=2 --n_embd=32 --block_size=256 --batch_size=4 --warmup_iters=5 --device=cpu --compile=False".split()
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def workplace(tmp_path, problems_dir):
+    """A directory to run in, with data/problems."""
+    shutil.copytree(problems_dir, tmp_path / "data" / "problems")
+    return tmp_path
+
+
+def command(script, *args, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, ROOT / script, *args]
+
+
+def run(cwd, script, *args, ranks=1, ok=True):
+    done = subprocess.run(command(script, *args, ranks=ranks), cwd=cwd, env=ENV, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+def read_log(out, key="loss"):
+    """{iter: value} of log.jsonl."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {e["iter"]: e[key] for e in entries if key in e}
+
+
+def checkpoint(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("bp_steps", [2, 5])
+def test_ranks_and_micro_batches_change_nothing(workplace, bp_steps):
+    """20 steps on one process, on two ranks, on three (which share 4 rows unequally), and in two micro-batches."""
+    args = [*TINY, f"--bp_min={bp_steps}", f"--bp_max={bp_steps}", "--max_iters=20", "--log_interval=1"]
+    ways = {"one": ([], 1), "two": ([], 2), "three": ([], 3), "micro": (["--micro_batch_size=2"], 1)}
+    for name, (extra, ranks) in ways.items():
+        run(workplace, "train.py", *args, *extra, f"--out_dir={name}", ranks=ranks)
+    losses = read_log(workplace / "one")
+    assert list(losses) == list(range(1, 21)) and losses[20] < 0.9 * losses[1]
+    weights = checkpoint(workplace / "one")
+    for name in list(ways)[1:]:
+        assert read_log(workplace / name) == pytest.approx(losses, rel=1e-5)
+        for key in "val_loss", "tokens":
+            assert read_log(workplace / name, key) == pytest.approx(read_log(workplace / "one", key), rel=1e-5)
+        other = checkpoint(workplace / name)
+        for key, w in weights["ema"].items():
+            assert (other["ema"][key] - w).abs().max() < 1e-4 * w.abs().max(), key
+
+
+def test_ctrl_c_saves_and_resuming_continues_the_same_run(workplace):
+    args = [*TINY, "--max_iters=40", "--log_interval=1", "--eval_interval=20"]
+    run(workplace, "train.py", *args, "--out_dir=whole")
+    process = subprocess.Popen(command("train.py", *args, "--out_dir=parts"), cwd=workplace, env=ENV)
+    log = workplace / "parts" / "log.jsonl"
+    deadline = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert 5 <= checkpoint(workplace / "parts")["iter"] < 40
+    run(workplace, "train.py", *args, "--out_dir=parts", "--init_from=resume")
+    for key in ("loss", "val_loss", "tokens", "lr", "bp_steps"):
+        assert read_log(workplace / "parts", key) == read_log(workplace / "whole", key)
+    whole, parts = checkpoint(workplace / "whole"), checkpoint(workplace / "parts")
+    assert whole["loader"] == parts["loader"]
+    for key, w in whole["ema"].items():
+        assert torch.equal(parts["ema"][key], w), key
+    for i, state in whole["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(parts["optimizer"]["state"][i][key])), key
+
+
+def test_schedules_and_log(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=50", "--log_interval=1", "--warmup_iters=9", "--decay_iters=10")
+    lr, bp_steps = read_log(workplace / "out", "lr"), read_log(workplace / "out", "bp_steps")
+    assert lr[1] == pytest.approx(1e-4) and lr[10] == lr[40] == pytest.approx(1e-3) and lr[46] == pytest.approx(5e-4)
+    assert [bp_steps[i] for i in (1, 4, 5, 7, 8, 10, 11, 50)] == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert set(read_log(workplace / "out", "tokens_per_sec")) == set(range(1, 51))
+
+
+def test_sample_and_eval_use_the_checkpoint(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=10", "--final_eval=problems")
+    result = json.loads((workplace / "out" / "eval.json").read_text())["tasks"]["problems"]
+    assert result["count"] == 20 and 0 <= result["accuracy"] + result["invalid"] <= 1
+    shutil.rmtree(workplace / "data")  # out/ is enough
+    run(workplace, "eval.py", "--save_generations=True", "--limit=7", "--max_new_tokens=8")
+    rows = [json.loads(line) for line in (workplace / "out" / "generations-problems.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 and all(r["verdict"] in ("right", "wrong", "invalid") for r in rows)
+    questions = [{"question": "What is 3 + 4?", "answer": "3+4=<<3+4=7>>7\n#### 7"}] * 3
+    (workplace / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    shown = run(workplace, "eval.py", "--tasks=gsm8k", "--gsm8k_source=test.jsonl", "--max_new_tokens=8").stdout
+    assert "gsm8k" in shown and "invalid" in shown
+    (workplace / "question.txt").write_text("How many?")
+    sampled = [
+        run(workplace, "sample.py", f"--prompt={p}", "--max_new_tokens=9", "--num_samples=2", "--temperature=1.").stdout
+        for p in ("How many?", "FILE:question.txt", "How many?")
+    ]
+    assert sampled[0] == sampled[1].replace("FILE:question.txt", "How many?") == sampled[2]
+    assert sampled[0].count("--- sample") == 2
+    interactive = command("sample.py", "--interactive=True", "--max_new_tokens=4")
+    asked = subprocess.run(interactive, cwd=workplace, env=ENV, input="One?\nTwo?\n", capture_output=True, text=True)
+    assert asked.returncode == 0 and asked.stdout.count("---") == 2
+
+
+def test_fine_tuning_starts_from_the_averaged_weights(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=10", "--ema=0.9")
+    still = ["--learning_rate=0.0", "--max_iters=1", "--bp_min=5", "--out_dir=tuned", "--init_from=out"]
+    run(workplace, "train.py", *TINY, *still, "--n_embd=64")  # the shape is the model's own
+    before, after = (read_log(workplace / name, "val_loss") for name in ("out", "tuned"))
+    assert after[1] == pytest.approx(before[10], rel=1e-6)
+    start = checkpoint(workplace / "out")
+    for key, w in checkpoint(workplace / "tuned")["model"].items():
+        assert torch.equal(w, {**start["model"], **start["ema"]}[key]), key
+
+
+def test_a_new_run_moves_the_old_one_aside(workplace):
+    args = [*TINY, "--max_iters=1"]
+    run(workplace, "train.py", *args, "--seed=1")
+    before = checkpoint(workplace / "out")["model"]["lm_head"]
+    said = run(workplace, "train.py", *args, "--seed=2").stdout
+    assert "out.1" in said
+    assert torch.equal(checkpoint(workplace / "out.1")["model"]["lm_head"], before)
+    assert not torch.equal(checkpoint(workplace / "out")["model"]["lm_head"], before)
+
+
+@pytest.mark.parametrize(
+    "script, args, sentence",
+    [
+        ("train.py", ["--dataset=nowhere"], "there is no data/nowhere/meta.json"),
+        ("train.py", ["--init_from=resume"], "there is no checkpoint out/ckpt.pt"),
+        ("train.py", ["--init_from=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
+        ("train.py", ["--n_layer=3"], "n_layer (3) must be even"),
+        ("train.py", ["--bp_max=9"], "bp_min and bp_max"),
+        ("train.py", ["--dtype=float16"], "dtype must be"),
+        ("data.py", ["--source=nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        ("sample.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
+        ("eval.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
+    ],
+)
+def test_what_cannot_work_ends_with_a_sentence(workplace, script, args, sentence):
+    done = run(workplace, script, *args, ok=False)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resuming_another_shape_is_refused(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=1")
+    done = run(workplace, "train.py", *TINY, "--n_embd=64", "--init_from=resume", ok=False)
+    assert "another model" in done.stderr and "n_embd 32" in done.stderr and "Traceback" not in done.stderr
