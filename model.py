@@ -239,9 +239,7 @@ class HRM(nn.Module):
         self.lm_head = random_weight(config.vocab_size, config.n_embd)
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.compute_dtype = torch.float32  # of activations and matmuls; weights are stored in their own
-        self.attention = (
-            "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex on CUDA with compile_blocks, else sdpa
-        )
+        self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
 
@@ -314,12 +312,9 @@ class HRM(nn.Module):
 
         h, targets = h.flatten(0, 1).index_select(0, at), targets.flatten().index_select(0, at)
         rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
-        total = 0.0
-        for h_chunk, targets_chunk in zip(h.split(rows), targets.split(rows)):
-            total = total + checkpoint(
-                chunk_loss, h_chunk, targets_chunk, use_reentrant=False, preserve_rng_state=False
-            )
-        return total / max(len(at), 1)
+        chunks = zip(h.split(rows), targets.split(rows))
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return sum(losses) / max(len(at), 1)
 
     def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None):
         """
@@ -367,12 +362,10 @@ class HRM(nn.Module):
         config, device = self.config, self.embed.device
         if not prompts:
             return
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        longest = int(lengths.max())
-        if not 0 < int(lengths.min()) <= longest <= config.block_size:
-            raise ValueError(
-                f"a prompt must have from 1 to block_size = {config.block_size} tokens; the longest has {longest}"
-            )
+        sizes = [len(p) for p in prompts]
+        lengths, longest = torch.tensor(sizes, device=device), max(sizes)
+        if not 0 < min(sizes) <= longest <= config.block_size:
+            raise ValueError(f"a prompt must have 1 to block_size = {config.block_size} tokens; one has {longest}")
         idx = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         for row, prompt in zip(idx, prompts):
             row[: len(prompt)] = torch.tensor(prompt, device=device)
@@ -388,18 +381,14 @@ class HRM(nn.Module):
         alive = [True] * len(prompts)
         for i in range(max_new_tokens):
             key_pos = torch.arange(min(longest + i, room), device=device)
-            in_prefix = (
-                key_pos < lengths[:, None, None] if config.prefix_lm else torch.zeros_like(key_pos, dtype=torch.bool)
-            )
+            in_prefix = (key_pos < lengths[:, None, None]) & config.prefix_lm
             mask = may_see(pos[:, :, None], key_pos, in_prefix)[:, None]  # (B, 1, T, S)
             h = self.hidden(idx, pos, mask, caches=[KVCache(k, v, pos) for k, v in keys_values])
             if i == 0:
                 h = h.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, h.size(-1)))
             new = pick(self.logits(h[:, -1]), temperature, top_k, top_p, generator)
             ids = new.tolist()
-            alive = [
-                a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, lengths.tolist())
-            ]
+            alive = [a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, sizes)]
             yield [t if a else None for a, t in zip(alive, ids)]
             if not any(alive):
                 return

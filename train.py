@@ -278,12 +278,10 @@ signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
-name = (
-    torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
-)
-peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+device_name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
+peak = next((flops for card, flops in PEAK_FLOPS.items() if card in device_name), None)
 if master:
-    if init_from != "resume" and (out / "ckpt.pt").exists():
+    if init_from != "resume" and ((out / "ckpt.pt").exists() or (out / "log.jsonl").exists()):
         aside = next(p for p in (Path(f"{out}.{i}") for i in range(1, 10**6)) if not p.exists())
         out.rename(aside)
         say(f"{out} held another run, which is now {aside}")
@@ -299,7 +297,7 @@ if master:
         wandb.init(project=wandb_project, name=wandb_run_name or None, config=settings)
 n_params = sum(p.numel() for p in model.parameters())
 blocks = "compiled" if model.compile_blocks else "not compiled"
-say(f"{n_params:,} parameters, {world_size} x {name}, {str(dtype).removeprefix('torch.')}, blocks {blocks}")
+say(f"{n_params:,} parameters, {world_size} x {device_name}, {str(dtype).removeprefix('torch.')}, blocks {blocks}")
 say(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {out / 'log.jsonl'}")
 
 bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
