@@ -185,15 +185,9 @@ PROBLEMS = [  # the text, and its steps: a step takes two of the numbers a, b, c
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
 
-def word_problems(split, n, seed):
-    """
-    n grade-school word problems, as {"instruction", "response", "condition"}; the response works the steps out and
-    ends in "#### answer". Of the combinations of numbers, for each sequence of operations, one in ten is kept for the
-    "val" split, whatever the seed: no "val" problem has the numbers of a "train" problem with the same operations.
-    """
-    rng = random.Random(f"{split} {seed}")
-    while n > 0:
-        text, steps = rng.choice(PROBLEMS)
+def draw_numbers(rng, steps, split):
+    """Numbers a, b, c for a problem's steps, of which everything is a whole number above 0, and the steps worked out."""
+    while True:
         number = {"a": rng.randint(2, 20), "b": rng.randint(2, 20), "c": rng.randint(2, 10)}
         if "*" in steps:
             number["a"], number["b"] = rng.randint(2, 10), rng.randint(2, 10)
@@ -202,18 +196,29 @@ def word_problems(split, n, seed):
             number[divisor] = rng.randint(2, 10)
             whole = number[divisor] * rng.randint(2, 10)
             number["a"] = whole - number["b"] if divisor == "c" else whole
-        combination = (steps, *(number[key] for key in "abc" if key in steps))
+        combination = f"{steps}: {' '.join(str(number[key]) for key in 'abc' if key in steps)}"
         working, least = [], number["a"] - 1
         for left, operation, right in steps.split():
             result = OPERATIONS[operation](number[left], number[right])
             working.append(f"{number[left]}{operation}{number[right]}={result}")
             number["x"], least = result, min(least, result)
-        if least < 1 or (zlib.crc32(repr(combination).encode()) % 10 == 0) != (split == "val"):
-            continue
+        if least > 0 and (zlib.crc32(combination.encode()) % 10 == 0) == (split == "val"):
+            return number, working
+
+
+def word_problems(split, n, seed):
+    """
+    n grade-school word problems, as {"instruction", "response", "condition"}; the response works the steps out and
+    ends in "#### answer". Of the combinations of numbers, for each sequence of operations, one in ten is kept for the
+    "val" split, whatever the seed: no "val" problem has the numbers of a "train" problem with the same operations.
+    """
+    rng = random.Random(f"{split} {seed}")
+    for _ in range(n):
+        text, steps = rng.choice(PROBLEMS)
+        number, working = draw_numbers(rng, steps, split)
         name, other = rng.sample(NAMES, 2)
         instruction = text.format(n=name, m=other, t=rng.choice(THINGS), **number)
         yield {"instruction": instruction, "response": "\n".join([*working, f"#### {number['x']}"]), "condition": "cot"}
-        n -= 1
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -4,4 +4,16 @@ dataset = "problems"  # embedded; made on the spot
 final_eval = "problems"
 device = "cpu"
 
-max_iters = 1000
+batch_size = 2
+block_size = 1024
+n_layer = 2  # one block in each stack, applied 2 and 6 times
+n_head = 2
+n_embd = 64
+max_iters = 2800
+learning_rate = 2e-3
+warmup_iters = 50
+decay_iters = 1200
+weight_decay = 0.05
+ema = 0.99
+log_interval = 100
+eval_interval = 800
