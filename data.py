@@ -186,7 +186,7 @@ OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__f
 
 
 def draw_numbers(rng, steps, split):
-    """Numbers a, b, c for a problem's steps, of which everything is a whole number above 0, and the steps worked out."""
+    """Numbers a, b, c for a problem's steps, with every result a whole number above 0, and the steps worked out."""
     while True:
         number = {"a": rng.randint(2, 20), "b": rng.randint(2, 20), "c": rng.randint(2, 10)}
         if "*" in steps:
@@ -254,7 +254,7 @@ def read_rows(source, config="", split="train"):
         if path.is_file():
             rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
         else:
-            rows = datasets.load_dataset(source, config or None, split=split)
+            rows = datasets.load_dataset(source, None if path.exists() else config or None, split=split)
     except Exception as e:
         reason = " ".join(str(e).split())[:300]
         raise ValueError(f"cannot load the dataset {source}, split {split}: {type(e).__name__}: {reason}") from None
@@ -300,7 +300,6 @@ class SplitWriter:
         self.encoding, self.block_size, self.too_long = encoding, block_size, too_long
         self.dtype = token_dtype(encoding.n_vocab)
         self.end = 0
-        self.lengths = []
         self.counts = {"documents": 0, "tokens": 0, "prefix_tokens": 0, "conditions": {}, "truncated": 0, "dropped": {}}
 
     def drop(self, why):
@@ -393,7 +392,7 @@ def prepare(
         )
     if set(fields or ()) - {"instruction", "response", "condition"}:
         raise ValueError(f"fields names a source's instruction, response and condition, and nothing else: {fields}")
-    made = {k: v for k, v in locals().items() if k not in ("directory", "part", "threads", "pat_str")}
+    made = {k: v for k, v in locals().items() if k not in ("directory", "part", "threads")}
     fields = {"instruction": "instruction", "response": "response", "condition": "condition", **(fields or {})}
 
     def rows():
@@ -634,3 +633,5 @@ if __name__ == "__main__":
         print(report(directory, prepare(directory, **settings)))
     except (ValueError, OSError) as e:
         sys.exit(f"data.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(f"data.py: interrupted; {directory} is as it was")

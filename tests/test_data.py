@@ -1,14 +1,17 @@
 """From pairs to rows: tokenizers, the document format, sources, what is refused, and the packing plan."""
 
+import ast
+import inspect
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401
+from conftest import ROOT
 
 import data
+from configurator import settings_of
 from data import IGNORE, Loader, encode_prompt, make_encoding, prepare
 
 ROWS = [{"instruction": f"What is {i} plus {i}?", "response": f"{2 * i} é"} for i in range(300)]
@@ -211,6 +214,15 @@ def test_a_dataset_is_replaced_whole_and_other_directories_are_left_alone(tmp_pa
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="no prepared dataset"):
         prepare(tmp_path / "mine", source=good)
+
+
+def test_the_script_and_prepare_have_the_same_defaults():
+    script = {
+        name: ast.literal_eval(ast.parse(line).body[0].value) for name, line in settings_of(ROOT / "data.py").items()
+    }
+    function = {name: p.default for name, p in inspect.signature(prepare).parameters.items()}
+    function["fields"] = {name: name for name in ("instruction", "response", "condition")}
+    assert {**script, "directory": function["directory"]} == {**function, "dataset": "problems"}
 
 
 def test_a_source_that_is_not_there(tmp_path):
