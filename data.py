@@ -40,6 +40,7 @@ SPECIAL = {  # as in the published model
     "synth": "<|quad_end|>",
 }
 CONDITIONS = ("direct", "cot", "noisy", "synth")
+TRAIN_CHARACTERS = 10**9  # of a source that a BPE is trained on; more would change little and fill the memory
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words, single digits, punctuation, space: no merge crosses
 
 
@@ -65,6 +66,15 @@ def read_ranks(path):
         raise ValueError(f"{path} is not a BPE file in tiktoken's format (base64 token, space, rank)") from None
 
 
+def first_characters(texts, n):
+    """Texts up to n characters in all."""
+    for text in texts:
+        if n <= 0:
+            break
+        n -= len(text)
+        yield text
+
+
 def train_ranks(texts, vocab_size, pat_str):
     """{bytes: rank} of a byte-level BPE trained on texts, so that with the special tokens it has vocab_size ids."""
     try:
@@ -72,14 +82,15 @@ def train_ranks(texts, vocab_size, pat_str):
     except ImportError:
         raise ValueError("to train a tokenizer, pip install rustbpe") from None
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size - len(SPECIAL), pattern=pat_str)
+    progress = tqdm(first_characters(texts, TRAIN_CHARACTERS), desc="training the tokenizer", unit=" texts")
+    tokenizer.train_from_iterator(progress, vocab_size - len(SPECIAL), pattern=pat_str)
     return {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
 
 
 def make_encoding(tokenizer, pat_str="", texts=None):
     """
     An Encoding from a setting: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids, trained on
-    texts), a BPE file in tiktoken's format, or the name of a tiktoken encoding.
+    texts), a dataset's or a run's directory, a BPE file in tiktoken's format, or the name of a tiktoken encoding.
     """
     if tokenizer == "bytes":
         return build_encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]")
@@ -91,6 +102,8 @@ def make_encoding(tokenizer, pat_str="", texts=None):
             )
         pat_str = pat_str or SPLIT
         return build_encoding(tokenizer, train_ranks(texts, int(size), pat_str), pat_str)
+    if Path(tokenizer, "meta.json").exists():
+        return load_encoding(tokenizer)
     if os.path.exists(tokenizer):
         return build_encoding(Path(tokenizer).stem, read_ranks(tokenizer), pat_str or SPLIT)
     import tiktoken
@@ -115,6 +128,13 @@ def load_encoding(directory):
     meta = read_meta(directory)["tokenizer"]
     ranks = read_ranks(Path(directory, "tokenizer.tiktoken"))
     return build_encoding(meta["name"], ranks, meta["pat_str"], meta["special_tokens"])
+
+
+def same_tokenizer(a, b):
+    """Whether two directories have the same tokenizer: ranks, special tokens and split."""
+    ranks = [Path(d, "tokenizer.tiktoken").read_bytes() for d in (a, b)]
+    rest = [{**read_meta(d)["tokenizer"], "name": None} for d in (a, b)]
+    return ranks[0] == ranks[1] and rest[0] == rest[1]
 
 
 def read_meta(directory):
@@ -515,7 +535,11 @@ class Loader:
         self.tokens = np.memmap(Path(directory, f"{split}.bin"), dtype=meta["dtype"], mode="r")
         self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
         self.mine = slice(rank, None, world_size)
-        self.state = state or {"epoch": 0, "cursor": 0, "waiting": []}
+        self.plan = {"seed": seed, "documents": len(self.fitting), "tokens": int(self.ends[-1])}
+        self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
+        for key, value in self.plan.items():
+            if self.state[key] != value:
+                raise ValueError(f"{directory} is not the data of the run: {key} {value}, and {self.state[key]} there")
         self.order = self._permutation(self.state["epoch"])
 
     def _permutation(self, epoch):
@@ -561,7 +585,7 @@ class Loader:
                 row.extend(chosen)
                 room -= lengths[chosen].sum()
             rows.append(pool[row])
-        self.state = {"epoch": epoch, "cursor": cursor, "waiting": pool[free].tolist()}
+        self.state = {"epoch": epoch, "cursor": cursor, "waiting": pool[free].tolist(), **self.plan}
         return rows
 
     def __iter__(self):
@@ -621,7 +645,9 @@ if __name__ == "__main__":
     skip_bad = False  # leave malformed and empty rows out and count them; otherwise the first one stops
     n_problems = 40000  # how many word problems to make for training
     n_val_problems = 1000  # and for validation
-    tokenizer = "bytes"  # or a tiktoken encoding (gpt2), a BPE file in its format, or train:4096 (on the source)
+    tokenizer = (
+        "bytes"  # or train:4096 (on the source), a tiktoken encoding, a BPE file in its format, a run's directory
+    )
     pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
     block_size = 4096  # context: a document may have one token more
     too_long = "truncate"  # or "drop": what happens to longer documents (if the instruction alone is, always drop)

@@ -6,7 +6,7 @@ Exact-match accuracy of a trained model, by greedy generation with its averaged 
     python eval.py --tasks=gsm8k,problems --gsm8k_source=test.jsonl --save_generations=True
 
 Prints a table and writes out_dir/eval.json; with save_generations also out_dir/generations-<task>.jsonl. A generation
-that holds no number counts as wrong and is reported as invalid.
+that holds no number counts as wrong and is reported as invalid; one that reaches max_new_tokens is reported as cut off.
 """
 
 import json
@@ -28,7 +28,8 @@ limit = 0  # questions per task; 0: all
 condition = ""  # of the prompts; "": what most of the training documents have
 gsm8k_source = "openai/gsm8k"  # on the hub, or a local .jsonl or .parquet file, or a directory
 batch_size = 128
-max_new_tokens = 512
+max_new_tokens = 0  # per answer; 0: the task's own
+cache_gb = 8.0  # batches are made smaller where their keys and values would take more memory
 average = True  # the weights' moving average; False: the weights themselves
 save_generations = False  # every prompt, generation, reference and verdict, as jsonl
 device = "auto"  # cpu, cuda or mps
@@ -56,7 +57,7 @@ def gsm8k(meta):
     return [pair[:2] for _, pair in pairs]
 
 
-TASKS = {"problems": problems, "gsm8k": gsm8k}
+TASKS = {"problems": (problems, 64), "gsm8k": (gsm8k, 1024)}  # and the most new tokens that an answer may take
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -87,26 +88,29 @@ def to_number(text):
 # running
 
 
-def evaluate(rows, model, encoding, condition, name):
+def evaluate(name, rows, most_new, model, encoding, condition):
     """
     Answer (question, reference) rows. Returns a dict per row (prompt, generation, reference, verdict: right, wrong or
-    invalid) and the new tokens per second.
+    invalid, and whether it was cut off) and the new tokens per second.
     """
     prompts = [data.encode_prompt(encoding, question, condition) for question, _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # alike in length, a batch wastes little
+    longest = min(len(prompts[order[-1]]) + most_new, model.config.block_size) if rows else 1
+    size = max(1, min(batch_size, int(cache_gb * 1e9 / (model.cache_bytes_per_token() * longest))))
     results, n_new, clock = [None] * len(rows), 0, time.perf_counter()
     with tqdm(total=len(rows), desc=name, unit=" questions") as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = order[start : start + batch_size]
+        for start in range(0, len(rows), size):
+            batch = order[start : start + size]
             fits = [i for i in batch if len(prompts[i]) <= model.config.block_size]  # others are answered with nothing
             stop = data.special_id(encoding, "eoa")
-            new = dict(zip(fits, model.generate([prompts[i] for i in fits], max_new_tokens, stop_token=stop)))
+            new = dict(zip(fits, model.generate([prompts[i] for i in fits], most_new, stop_token=stop)))
             n_new += sum(map(len, new.values()))
             for i in batch:
                 text, (question, reference) = encoding.decode(new.get(i, [])), rows[i]
                 answer, truth = to_number(extract(text)), to_number(extract(reference))
                 verdict = "invalid" if answer is None else "right" if answer == truth else "wrong"
-                results[i] = dict(prompt=question, generation=text, reference=reference, verdict=verdict)
+                cut = len(new.get(i, [])) == most_new
+                results[i] = dict(prompt=question, generation=text, reference=reference, verdict=verdict, cut=cut)
             bar.update(len(batch))
             known = [r["verdict"] for r in results if r]
             bar.set_postfix(accuracy=f"{known.count('right') / len(known):.1%}")
@@ -126,11 +130,13 @@ try:
     for name in tasks.split(","):
         if name not in TASKS:
             raise ValueError(f"there is no task '{name}'; the tasks are {', '.join(TASKS)}")
-        rows = TASKS[name](meta)[: limit or None]
-        results, speed = evaluate(rows, model, encoding, condition, name)
+        questions, most_new = TASKS[name]
+        rows = questions(meta)[: limit or None]
+        results, speed = evaluate(name, rows, max_new_tokens or most_new, model, encoding, condition)
         verdicts = [r["verdict"] for r in results]
         accuracy, invalid = (verdicts.count(v) / max(len(rows), 1) for v in ("right", "invalid"))
-        table[name] = dict(accuracy=accuracy, invalid=invalid, count=len(rows), tokens_per_sec=round(speed, 1))
+        cut = sum(r["cut"] for r in results) / max(len(rows), 1)
+        table[name] = dict(accuracy=accuracy, invalid=invalid, cut=cut, count=len(rows), tokens_per_sec=round(speed, 1))
         if save_generations:
             path = Path(out_dir, f"generations-{name}.jsonl")
             path.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
@@ -140,9 +146,11 @@ except (ValueError, OSError) as e:
 except KeyboardInterrupt:
     sys.exit("eval.py: interrupted; nothing was written")
 
-print(f"{'task':<12}{'accuracy':>10}{'invalid':>10}{'count':>8}{'tokens/s':>10}")
+print(f"{'task':<12}{'accuracy':>10}{'invalid':>10}{'cut off':>10}{'count':>8}{'tokens/s':>10}")
 for name, r in table.items():
-    print(f"{name:<12}{r['accuracy']:>10.2%}{r['invalid']:>10.2%}{r['count']:>8,}{r['tokens_per_sec']:>10,.0f}")
+    print(
+        f"{name:<12}{r['accuracy']:>10.2%}{r['invalid']:>10.2%}{r['cut']:>10.2%}{r['count']:>8,}{r['tokens_per_sec']:>10,.0f}"
+    )
 path = Path(out_dir, "eval.json")
 path.write_text(json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n", encoding="utf-8")
 print(f"written to {path}")

@@ -331,7 +331,8 @@ class HRM(nn.Module):
             prefix = torch.zeros_like(idx, dtype=torch.bool)
         if doc is None:
             doc = torch.arange(B, device=idx.device)[:, None].expand(B, T)
-        flex = self.attention == "flex" or (self.attention == "auto" and idx.is_cuda and self.compile_blocks)
+        flex_by_default = idx.is_cuda and self.compile_blocks and self.config.head_dim >= 16
+        flex = self.attention == "flex" or (self.attention == "auto" and flex_by_default)
         mask = flex_mask(doc, prefix) if flex else packed_mask(doc, prefix)
         h = self.hidden(idx, document_positions(doc)[1], mask, bp_steps)
         return (self.logits(h), None) if targets is None else (None, self.loss(h, targets, at))
@@ -344,6 +345,10 @@ class HRM(nn.Module):
         c = self.config
         stack = c.n_layer // 2 * (5 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
         return stack * (2 * c.n_steps + 4 * bp_steps) + 6 * c.vocab_size * c.n_embd
+
+    def cache_bytes_per_token(self):
+        """Size of the generation cache: keys and values of every block at every step."""
+        return 2 * self.config.n_layer // 2 * self.config.n_steps * self.config.n_embd * self.compute_dtype.itemsize
 
     @classmethod
     def from_pretrained(cls, directory, average=True):
@@ -414,6 +419,11 @@ def choose_device(device, dtype):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.partition(":")[0]):
+        raise ValueError(
+            f"device {device} is not available here; there is {', '.join(d for d in available if available[d])}"
+        )
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
     return device, getattr(torch, dtype)
@@ -424,7 +434,13 @@ def load_checkpoint(directory):
     path = Path(directory, "ckpt.pt")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; train.py writes it to its out_dir")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # torch raises many kinds
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py: {' '.join(str(e).split())[:200]}") from None
+    if not isinstance(ckpt, dict) or not {"model", "ema", "optimizer", "config", "loader"} <= ckpt.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py")
+    return ckpt
 
 
 def pick(logits, temperature, top_k, top_p, generator):

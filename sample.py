@@ -63,8 +63,12 @@ try:
     condition = condition or data.usual_condition(meta)
     if interactive:
         print("A line is a prompt; Ctrl-D ends.")
-        while line := input("> ").strip():
-            answer(line)
+        while True:
+            line = input("> ").strip()
+            try:
+                answer(line) if line else None
+            except ValueError as e:  # too long, say
+                print(e)
     for instruction in () if interactive else [prompt] if prompt else EXAMPLES:
         print(instruction)
         answer(instruction)

@@ -40,7 +40,7 @@ init_from = "scratch"  # or "resume" (out_dir/ckpt.pt), or a directory with a ch
 log_interval = 10  # steps between log lines
 eval_interval = 500  # steps between validation losses; 0: only at the end
 eval_iters = 0  # batches of a validation loss; 0: all of val.bin
-checkpoint_interval = 1000  # steps between checkpoints; there is always one at the end
+checkpoint_interval = 1000  # steps between checkpoints; 0: only at the end
 final_eval = ""  # tasks for eval.py to run on the finished model, such as "problems"
 wandb_log = False
 wandb_project = "hrm-text"
@@ -61,7 +61,7 @@ max_iters = 1000
 epochs = 0.0  # above 0: sets max_iters to so many passes over the data
 learning_rate = 1e-3
 warmup_iters = 100  # linear from 0
-decay_iters = 0  # the last so many steps fall linearly to 0; constant before
+decay = 0.0  # over this share of training, at its end, the rate falls linearly to 0; constant before
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
@@ -93,6 +93,7 @@ if device == "cuda":
 on_cuda = device.startswith("cuda")
 if world_size > 1:
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=10))
+    cpu_group = dist.new_group(backend="gloo")  # to agree on stopping without waiting for the device
 
 
 def say(*text):
@@ -107,6 +108,13 @@ if master and dataset == "problems" and not (data_dir / "meta.json").exists():
     say(data.report(data_dir, data.prepare(data_dir)))
 if world_size > 1:
     dist.barrier()
+
+
+def val_batches():
+    """The validation split, once, in the same batches for any number of ranks."""
+    return data.Loader(data_dir, "val", batch_size, block_size, 0, rank, world_size, epochs=1)
+
+
 try:
     resumed = load_checkpoint(out) if init_from == "resume" else None
     meta = data.read_meta(data_dir)
@@ -114,6 +122,13 @@ try:
     loader = data.Loader(data_dir, "train", batch_size, block_size, seed, rank, world_size, state=state)
     if loader.left_out:
         say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size and left out")
+    has_val = meta["splits"]["val"]["documents"] > 0
+    if has_val:
+        val_batches()
+    if min(batch_size, micro_batch_size, log_interval) < 1:
+        raise ValueError("batch_size, micro_batch_size and log_interval must be at least 1")
+    if attention not in ("auto", "flex", "sdpa"):
+        raise ValueError(f"attention must be auto, flex or sdpa, not {attention}")
     if epochs:
         max_iters = max(1, round(epochs * int(loader.lengths[loader.fitting].sum()) / (batch_size * block_size)))
 
@@ -121,12 +136,20 @@ try:
     torch.manual_seed(seed)
     if init_from in ("scratch", "resume"):
         shape = {f.name: settings[f.name] for f in fields(HRMConfig) if f.name in settings}
-        model = HRM(HRMConfig(vocab_size=meta["vocab_size"], **shape))
+        if resumed:
+            there = {k: resumed["settings"][k] for k in shape}
+            differs = ", ".join(f"{k} {v}" for k, v in there.items() if shape[k] != v)
+            if differs:
+                raise ValueError(f"{out / 'ckpt.pt'} holds another model than the settings ask for: there, {differs}")
+        model = HRM(HRMConfig(**resumed["config"]) if resumed else HRMConfig(vocab_size=meta["vocab_size"], **shape))
     else:
         model = HRM.from_pretrained(init_from)
     config = model.config
-    if config.vocab_size != meta["vocab_size"]:
-        raise ValueError(f"{init_from} has {config.vocab_size} ids, and {data_dir} has {meta['vocab_size']}")
+    source = out if resumed else init_from
+    if init_from != "scratch" and not data.same_tokenizer(source, data_dir):
+        raise ValueError(
+            f"{source} and {data_dir} have different tokenizers; data.py --tokenizer={source} makes them one"
+        )
     if config.block_size < block_size:
         raise ValueError(
             f"{init_from} has a context of {config.block_size} tokens, less than block_size ({block_size})"
@@ -134,10 +157,6 @@ try:
     if not 2 <= bp_min <= bp_max <= config.n_steps:
         raise ValueError(f"bp_min and bp_max must rise from 2 to at most H_cycles * (L_cycles + 1) = {config.n_steps}")
     if resumed:
-        there, here = resumed["config"], asdict(config)
-        differs = ", ".join(f"{k} {there.get(k)}" for k in here if there.get(k) != here[k])
-        if differs:
-            raise ValueError(f"{out / 'ckpt.pt'} holds another model than the settings ask for: there, {differs}")
         model.load_state_dict(resumed["model"])
     if out.resolve() == Path(init_from).resolve():
         raise ValueError(f"init_from is out_dir ({out}); give the new run another with --out_dir")
@@ -147,10 +166,14 @@ model.to(device)
 model.compute_dtype, model.attention, model.recompute_blocks = dtype, attention, recompute_blocks
 for tensor in model.state_dict().values() if world_size > 1 else ():
     dist.broadcast(tensor, 0)
-optimizer = AdamATan2(model.parameters(), learning_rate, (beta1, beta2), weight_decay, ema or None)
+options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)
+optimizer = AdamATan2(model.parameters(), **options)
 iteration = tokens = 0
 if resumed:
     optimizer.load_state_dict(resumed["optimizer"])
+    optimizer.param_groups[0].update(options)  # settings may change on the way
+    for p, state in optimizer.state.items() if ema else ():
+        state.setdefault("ema", p.detach().clone())
     iteration, tokens = resumed["iter"], resumed["tokens"]
     del resumed
 if compile:
@@ -168,8 +191,8 @@ if on_cuda and attention == "auto" and not model.compile_blocks:
 
 
 def learning_rate_at(i):
-    """Linear warmup, constant, and if decay_iters is set a linear fall to 0 at the end."""
-    fall = (max_iters - i) / decay_iters if decay_iters else 1.0
+    """Linear warmup, constant, and with decay a linear fall to 0 at the end."""
+    fall = (max_iters - i) / (decay * max_iters) if decay else 1.0
     return learning_rate * min((i + 1) / (warmup_iters + 1), 1.0, fall)
 
 
@@ -198,12 +221,11 @@ def loss_of(batch, bp_steps=None):
     return total
 
 
-def over_ranks(*values):
-    """The sums over all ranks of some numbers, as floats."""
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+def over_ranks(value):
+    """The sum over all ranks of a scalar tensor, as a float."""
     if world_size > 1:
-        dist.all_reduce(values)
-    return values.tolist()
+        dist.all_reduce(value)
+    return value.item()
 
 
 def train_step(batch, bp_steps, lr):
@@ -223,14 +245,13 @@ def train_step(batch, bp_steps, lr):
 @torch.no_grad()
 def validate():
     """Mean loss over the targets of val.bin (the first eval_iters batches of it), with the averaged weights."""
-    loader = data.Loader(data_dir, "val", micro_batch_size * world_size, block_size, 0, rank, world_size, epochs=1)
     total = torch.zeros((), device=device)
     n_targets = 0
     with optimizer.averaged() if ema else nullcontext():
-        for batch in islice(loader, eval_iters or None):
+        for batch in islice(val_batches(), eval_iters or None):
             total += loss_of(batch) * batch.n_targets
             n_targets += batch.n_targets
-    return over_ranks(total)[0] / n_targets
+    return over_ranks(total) / n_targets
 
 
 def save_checkpoint():
@@ -264,7 +285,7 @@ def log(**entry):
 # ----------------------------------------------------------------------------------------------------
 # the loop
 
-stop_asked = stopped = False  # this rank was told to stop; all ranks agreed to
+stop_asked = False
 
 
 def ask_to_stop(signum, frame):
@@ -272,6 +293,14 @@ def ask_to_stop(signum, frame):
     global stop_asked
     stop_asked = True
     signal.signal(signum, signal.SIG_DFL)
+
+
+def all_agree_to_stop():
+    """Whether any rank was told to stop, so that all do after the same step."""
+    asked = torch.tensor(int(stop_asked))
+    if world_size > 1:
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=cpu_group)
+    return bool(asked)
 
 
 signal.signal(signal.SIGINT, ask_to_stop)
@@ -288,7 +317,10 @@ if master:
     out.mkdir(parents=True, exist_ok=True)
     for file in ("meta.json", "tokenizer.tiktoken"):  # so that sample.py and eval.py need only out_dir
         shutil.copy(data_dir / file, out / file)
-    log_file = open(out / "log.jsonl", "a", encoding="utf-8")
+    log_path = out / "log.jsonl"
+    logged = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
+    log_file = open(log_path, "w", encoding="utf-8")  # without what a killed run logged after its last checkpoint
+    log_file.writelines(line for line in logged if line.endswith("\n") and json.loads(line)["iter"] <= iteration)
     if wandb_log:
         try:
             import wandb
@@ -299,18 +331,25 @@ n_params = sum(p.numel() for p in model.parameters())
 blocks = "compiled" if model.compile_blocks else "not compiled"
 say(f"{n_params:,} parameters, {world_size} x {device_name}, {str(dtype).removeprefix('torch.')}, blocks {blocks}")
 say(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {out / 'log.jsonl'}")
+start = time.perf_counter()
 
 bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
 clock, clock_tokens = time.perf_counter(), tokens
+stopped = False
 while iteration < max_iters and not stopped:
     lr, bp_steps = learning_rate_at(iteration), bp_steps_at(iteration)
     batch = next(loader)
     loss = train_step(batch, bp_steps, lr)
+    if start:
+        over_ranks(loss.clone())
+        say(f"first step after {time.perf_counter() - start:.1f} s" + (", compilation included" if compile else ""))
+        start = None
     iteration += 1
     tokens += batch.n_tokens
     bar.update()
-    if iteration % log_interval == 0 or iteration == max_iters or (stop_asked and world_size == 1):
-        loss, stopped = over_ranks(loss, stop_asked)  # the only wait for the device; ranks also agree on stopping here
+    stopped = all_agree_to_stop()
+    if iteration % log_interval == 0 or iteration == max_iters or stopped:
+        loss = over_ranks(loss)  # the only wait for the device
         speed = (tokens - clock_tokens) / (time.perf_counter() - clock)
         mfu = model.flops_per_token(bp_steps) * speed / (peak * world_size) if peak else None
         log(iter=iteration, loss=loss, lr=lr, bp_steps=bp_steps, tokens=tokens, tokens_per_sec=round(speed, 1), mfu=mfu)
@@ -318,16 +357,18 @@ while iteration < max_iters and not stopped:
         say(text + (f", mfu {mfu:.1%}" if mfu else ""))
         clock, clock_tokens = time.perf_counter(), tokens
     evaluate_now = iteration == max_iters or (eval_interval and iteration % eval_interval == 0)
-    if evaluate_now and meta["splits"]["val"]["documents"]:
+    if evaluate_now and has_val:
         val_loss = validate()
         log(iter=iteration, val_loss=val_loss)
         say(f"step {iteration}: validation loss {val_loss:.4f}")
         clock, clock_tokens = time.perf_counter(), tokens
-    if iteration % checkpoint_interval == 0:
+    if checkpoint_interval and iteration % checkpoint_interval == 0:
         save_checkpoint()
+        clock, clock_tokens = time.perf_counter(), tokens
 bar.close()
 save_checkpoint()
-say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {out / 'ckpt.pt'}")
+memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
+say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {out / 'ckpt.pt'}{memory}")
 if world_size > 1:
     dist.destroy_process_group()
 if master and final_eval and not stopped:

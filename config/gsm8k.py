@@ -2,7 +2,8 @@
 GSM8K alone, on one GPU: a model of its size, which learns how such answers go and memorises more than it reasons.
 
     python data.py config/gsm8k.py       # from the hub; offline, --source=DIR with train.jsonl and test.jsonl
-    python train.py config/gsm8k.py      # on a CPU: --n_layer=4 --n_embd=128 --n_head=4 --batch_size=4 --max_iters=200
+    python train.py config/gsm8k.py
+    python train.py config/gsm8k.py --n_layer=4 --n_embd=128 --n_head=4 --batch_size=4 --max_iters=200 --ema=0.98  # CPU
     python eval.py --out_dir=out-gsm8k --tasks=gsm8k
 """
 
@@ -27,6 +28,6 @@ n_embd = 512
 max_iters = 2000
 learning_rate = 5e-4
 warmup_iters = 100
-decay_iters = 500
+decay = 0.25
 ema = 0.998
 eval_interval = 200

@@ -10,6 +10,7 @@ dataset = "hrm1b"
 source = "sapientinc/HRM-Text-data-io-cleaned-20260515"  # columns condition, instruction, response
 tokenizer = "train:65536"
 val_fraction = 0.0001
+skip_bad = True  # and count
 
 # train.py
 out_dir = "out-hrm1b"

@@ -7,7 +7,7 @@ The published 0.6B model, with the data of config/hrm1b.py (50 hours on 8 H100 w
 dataset = "hrm1b"
 out_dir = "out-hrm600m"
 block_size = 4096
-batch_size = 42  # 172,032 tokens per step
+batch_size = 42  # 172,032 tokens per step; 6, 7 or 14 GPUs share these rows evenly, with 8 some wait for others
 micro_batch_size = 3  # for 80 GB (an estimate)
 n_layer = 24
 n_head = 10

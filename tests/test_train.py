@@ -87,8 +87,38 @@ def test_ctrl_c_saves_and_resuming_continues_the_same_run(workplace):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(parts["optimizer"]["state"][i][key])), key
 
 
+def test_a_killed_run_goes_on_from_its_checkpoint_and_logs_each_step_once(workplace):
+    args = [*TINY, "--max_iters=30", "--log_interval=1", "--checkpoint_interval=10"]
+    process = subprocess.Popen(command("train.py", *args), cwd=workplace, env=ENV)
+    log = workplace / "out" / "log.jsonl"
+    deadline = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 14):
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(workplace, "train.py", *args, "--init_from=resume")
+    assert [json.loads(line)["iter"] for line in log.read_text().splitlines()] == [
+        *range(1, 31),
+        30,
+    ]  # the last is val_loss
+
+
+def test_ranks_stop_together(workplace):
+    """SIGTERM, as schedulers send it, ends both ranks after the same step, and long before the next log line."""
+    args = [*TINY, "--max_iters=100000", "--log_interval=100000", "--eval_interval=0", "--checkpoint_interval=50"]
+    process = subprocess.Popen(command("train.py", *args, ranks=2), cwd=workplace, env=ENV, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (workplace / "out" / "ckpt.pt").exists():
+        assert time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=25)
+    assert checkpoint(workplace / "out")["iter"] in read_log(workplace / "out")
+
+
 def test_schedules_and_log(workplace):
-    run(workplace, "train.py", *TINY, "--max_iters=50", "--log_interval=1", "--warmup_iters=9", "--decay_iters=10")
+    run(workplace, "train.py", *TINY, "--max_iters=50", "--log_interval=1", "--warmup_iters=9", "--decay=0.2")
     lr, bp_steps = read_log(workplace / "out", "lr"), read_log(workplace / "out", "bp_steps")
     assert lr[1] == pytest.approx(1e-4) and lr[10] == lr[40] == pytest.approx(1e-3) and lr[46] == pytest.approx(5e-4)
     assert [bp_steps[i] for i in (1, 4, 5, 7, 8, 10, 11, 50)] == [2, 2, 3, 3, 4, 4, 5, 5]
@@ -123,10 +153,13 @@ def test_fine_tuning_starts_from_the_averaged_weights(workplace):
     run(workplace, "train.py", *TINY, "--max_iters=10", "--ema=0.9")
     still = ["--learning_rate=0.0", "--max_iters=1", "--bp_min=5", "--out_dir=tuned", "--init_from=out"]
     run(workplace, "train.py", *TINY, *still, "--n_embd=64")  # the shape is the model's own
+    tuned = checkpoint(workplace / "tuned")["model"]
     before, after = (read_log(workplace / name, "val_loss") for name in ("out", "tuned"))
     assert after[1] == pytest.approx(before[10], rel=1e-6)
+    run(workplace, "train.py", *TINY, *still[1:-1], "--max_iters=3", "--n_embd=64", "--init_from=resume")
+    assert checkpoint(workplace / "tuned")["iter"] == 3
     start = checkpoint(workplace / "out")
-    for key, w in checkpoint(workplace / "tuned")["model"].items():
+    for key, w in tuned.items():
         assert torch.equal(w, {**start["model"], **start["ema"]}[key]), key
 
 
@@ -149,6 +182,10 @@ def test_a_new_run_moves_the_old_one_aside(workplace):
         ("train.py", ["--n_layer=3"], "n_layer (3) must be even"),
         ("train.py", ["--bp_max=9"], "bp_min and bp_max"),
         ("train.py", ["--dtype=float16"], "dtype must be"),
+        ("train.py", ["--device=gpu"], "device gpu is not available"),
+        ("train.py", ["--attention=fast"], "attention must be"),
+        ("train.py", ["--log_interval=0"], "at least 1"),
+        ("train.py", ["--block_size=8"], "no document of the train split fits"),
         ("data.py", ["--source=nowhere.jsonl"], "there is no file nowhere.jsonl"),
         ("sample.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
         ("eval.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
@@ -157,6 +194,27 @@ def test_a_new_run_moves_the_old_one_aside(workplace):
 def test_what_cannot_work_ends_with_a_sentence(workplace, script, args, sentence):
     done = run(workplace, script, *args, ok=False)
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_tokenizer_or_other_data_are_refused(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=1")
+    rows = "".join(json.dumps({"instruction": f"{i}?", "response": f"{i}!"}) + "\n" for i in range(50))
+    (workplace / "rows.jsonl").write_text(rows)
+    run(workplace, "data.py", "--dataset=other", "--source=rows.jsonl")
+    done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=resume", ok=False)
+    assert "is not the data of the run" in done.stderr and "Traceback" not in done.stderr
+    meta = workplace / "data" / "other" / "meta.json"
+    meta.write_text(meta.read_text().replace("<|im_end|>", "<|end|>"))
+    done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=out", "--out_dir=tuned", ok=False)
+    assert "out and data/other have different tokenizers" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_ends_with_a_sentence(workplace):
+    (workplace / "out").mkdir()
+    (workplace / "out" / "ckpt.pt").write_bytes(b"not a checkpoint")
+    for script, args in ("sample.py", []), ("train.py", ["--init_from=resume"]):
+        done = run(workplace, script, *args, ok=False)
+        assert "ckpt.pt is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_resuming_another_shape_is_refused(workplace):
