@@ -3,7 +3,6 @@ GSM8K alone, on one GPU: a model of its size, which learns how such answers go a
 
     python data.py config/gsm8k.py       # from the hub; offline, --source=DIR with train.jsonl and test.jsonl
     python train.py config/gsm8k.py
-    python train.py config/gsm8k.py --n_layer=4 --n_embd=128 --n_head=4 --batch_size=4 --max_iters=200 --ema=0.98  # CPU
     python eval.py --out_dir=out-gsm8k --tasks=gsm8k
 """
 

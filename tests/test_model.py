@@ -1,4 +1,4 @@
-"""The model against its definition: a plain implementation, transformers', and the published code's numbers."""
+"""The model against its definition: a plain implementation, and the published code's numbers."""
 
 import os
 import re
