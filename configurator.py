@@ -17,7 +17,7 @@ import sys
 import types
 from pathlib import Path
 
-SCRIPTS = ("train.py", "data.py", "sample.py", "eval.py", "bench.py")
+SCRIPTS = ("train.py", "data.py", "sample.py", "eval.py", "model.py", "bench.py")
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -25,7 +25,7 @@ def settings_of(script):
     """{name: source text} of a script's settings: what it assigns before it calls configure(). Reads, never runs it."""
     lines = script.read_text(encoding="utf-8").splitlines()
     body = ast.parse("\n".join(lines)).body
-    if isinstance(body[-1], ast.If) and "__name__" in ast.dump(body[-1].test):  # data.py, both module and script
+    if isinstance(body[-1], ast.If) and "__name__" in ast.dump(body[-1].test):  # a module that is a script too
         body = body[-1].body
     found = {}
     for node in body:

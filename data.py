@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import IGNORE
+from model import IGNORE, local_directory
 
 # ----------------------------------------------------------------------------------------------------
 # tokenizers: tiktoken Encodings with seven special tokens
@@ -90,7 +90,8 @@ def train_ranks(texts, vocab_size, pat_str):
 def make_encoding(tokenizer, pat_str="", texts=None):
     """
     An Encoding from a setting: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids, trained on
-    texts), a dataset's or a run's directory, a BPE file in tiktoken's format, or the name of a tiktoken encoding.
+    texts), a directory with one (a dataset's, a run's, a Hugging Face model's), a hub id, a BPE file in tiktoken's
+    format, or the name of a tiktoken encoding.
     """
     if tokenizer == "bytes":
         return build_encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]")
@@ -102,8 +103,8 @@ def make_encoding(tokenizer, pat_str="", texts=None):
             )
         pat_str = pat_str or SPLIT
         return build_encoding(tokenizer, train_ranks(texts, int(size), pat_str), pat_str)
-    if Path(tokenizer, "meta.json").exists():
-        return load_encoding(tokenizer)
+    if Path(tokenizer).is_dir() or (tokenizer.count("/") == 1 and not os.path.exists(tokenizer)):
+        return load_encoding(local_directory(tokenizer, "*.json"))
     if os.path.exists(tokenizer):
         return build_encoding(Path(tokenizer).stem, read_ranks(tokenizer), pat_str or SPLIT)
     import tiktoken
@@ -124,17 +125,20 @@ def save_encoding(encoding, directory):
 
 
 def load_encoding(directory):
-    """The Encoding that save_encoding() and meta.json describe: that of a dataset, or of a training run's out_dir."""
+    """
+    The Encoding of a dataset or a training run (meta.json and tokenizer.tiktoken), or of a model in the Hugging Face
+    layout (tokenizer.json).
+    """
+    if not Path(directory, "meta.json").exists() and Path(directory, "tokenizer.json").exists():
+        return encoding_from_hf(Path(directory, "tokenizer.json"))
     meta = read_meta(directory)["tokenizer"]
     ranks = read_ranks(Path(directory, "tokenizer.tiktoken"))
     return build_encoding(meta["name"], ranks, meta["pat_str"], meta["special_tokens"])
 
 
 def same_tokenizer(a, b):
-    """Whether two directories have the same tokenizer: ranks, special tokens and split."""
-    ranks = [Path(d, "tokenizer.tiktoken").read_bytes() for d in (a, b)]
-    rest = [{**read_meta(d)["tokenizer"], "name": None} for d in (a, b)]
-    return ranks[0] == ranks[1] and rest[0] == rest[1]
+    """Whether two Encodings are made alike, and so give the same ids for every text."""
+    return all(getattr(a, key) == getattr(b, key) for key in ("_mergeable_ranks", "_special_tokens", "_pat_str"))
 
 
 def read_meta(directory):
@@ -147,10 +151,127 @@ def read_meta(directory):
         raise ValueError(f"{path} is damaged: {e}") from None
 
 
-def usual_condition(meta):
-    """The condition that most training documents of a dataset have, which a prompt is best given too."""
-    counts = meta["splits"]["train"]["conditions"]
-    return max(counts, key=counts.get)
+def usual_condition(directory):
+    """
+    The condition that most documents of a directory's dataset or model had in training, which prompts are best given
+    too; where that is not known, "synth,cot", as in the paper's evaluation.
+    """
+    if Path(directory, "meta.json").exists():
+        counts = read_meta(directory)["splits"]["train"]["conditions"]
+        return max(counts, key=counts.get)
+    path = Path(directory, "tokenizer_config.json")
+    return json.loads(path.read_text(encoding="utf-8")).get("condition", "synth,cot") if path.exists() else "synth,cot"
+
+
+# ----------------------------------------------------------------------------------------------------
+# tokenizers of the Hugging Face layout: byte-level BPE in tokenizer.json
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # built into their ByteLevel
+
+
+def byte_alphabet():
+    """{byte: character}, the alphabet of byte-level BPE files: visible Latin-1 as it is, the rest from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = (b for b in range(256) if b not in visible)
+    return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(hidden)}
+
+
+def encoding_from_hf(path):
+    """
+    An Encoding that gives the same ids as a tokenizer.json, if that is a byte-level BPE whose ids rise in the order of
+    its merges and that does nothing else to a text. Raises ValueError that names what stands in the way.
+    """
+    try:
+        file = json.loads(Path(path).read_text(encoding="utf-8"))
+        model, steps = file["model"], file.get("pre_tokenizer") or {}
+        vocab, merges = model["vocab"], model["merges"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no tokenizer of byte-level BPE: {type(e).__name__} {e}") from None
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
+        raise ValueError(f"{path}: only byte-level BPE is supported")
+    if file.get("normalizer"):
+        raise ValueError(f"{path}: a normalizer ({file['normalizer'].get('type')}) is not supported")
+    *splits, last = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    uses_regex = last.get("use_regex", True)
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(splits) + uses_regex != 1:
+        raise ValueError(f"{path}: text must be split by ByteLevel, or by one Split and then ByteLevel without regex")
+    pat_str = GPT2_SPLIT
+    if splits:
+        pat_str = splits[0].get("pattern", {}).get("Regex")
+        if splits[0].get("behavior") != "Isolated" or splits[0].get("invert") or not pat_str:
+            raise ValueError(f"{path}: the text must be split by a regex, Isolated and not inverted")
+    special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+    to_byte = {character: b for b, character in byte_alphabet().items()}
+    try:
+        ranks = {bytes(to_byte[c] for c in text): i for text, i in vocab.items() if text not in special}
+        made = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in merges]
+    except KeyError as e:
+        raise ValueError(f"{path}: {e} is not in the vocabulary or not in the byte-level alphabet") from None
+    if made != sorted(made):
+        raise ValueError(f"{path}: the ids do not rise in the order of the merges, which tiktoken needs")
+    if sum(len(token) == 1 for token in ranks) < 256:
+        raise ValueError(f"{path}: some bytes have no token")
+    return build_encoding(Path(path).parent.name, ranks, pat_str, special)
+
+
+def encoding_to_hf(encoding):
+    """The content of a tokenizer.json that gives the same ids as an Encoding."""
+    alphabet, ranks = byte_alphabet(), encoding._mergeable_ranks
+    text = {token: "".join(alphabet[b] for b in token) for token in sorted(ranks, key=ranks.get)}
+    # tiktoken merges any two neighbours that together are a token, lowest rank first: every such pair is a merge.
+    cuts = ((token[:i], token[i:]) for token in text for i in range(1, len(token)))
+    merges = [[text[a], text[b]] for a, b in cuts if a in ranks and b in ranks]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    prefix = {"Sequence": {"id": "A", "type_id": 1}}  # token_type_ids 1 mark the prefix, which is what a user encodes
+    template = {"type": "TemplateProcessing", "single": [prefix], "pair": [prefix, prefix], "special_tokens": {}}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    bpe |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
+    bpe |= {"ignore_merges": True}  # as in tiktoken, a piece that is a token is not merged up from its bytes
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": content, **flags} for content, i in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": template,
+        "decoder": byte_level,
+        "model": {**bpe, "vocab": {t: ranks[token] for token, t in text.items()}, "merges": merges},
+    }
+
+
+def chat_template(condition):
+    """A Jinja template of make_prefix(), for a single user message; `condition` is the default of its argument."""
+    tags = "{" + ", ".join(f"'{tag}': '{SPECIAL[tag]}'" for tag in CONDITIONS) + "}"
+    return (
+        f"{{%- set tags = {tags} -%}}"
+        "{%- if messages|length != 1 or messages[0]['role'] != 'user' -%}"
+        "{{- raise_exception('this model answers a single user message') -}}{%- endif -%}"
+        f"{{{{- '{SPECIAL['boq']}' -}}}}"
+        f"{{%- for tag in (condition if condition is defined else '{condition}').split(',') if tag.strip() -%}}"
+        "{{- tags[tag.strip()] -}}{%- endfor -%}"
+        f"{{{{- messages[0]['content'] + '{SPECIAL['eoq']}' -}}}}"
+    )
+
+
+def save_hf_tokenizer(encoding, directory, condition="", block_size=4096):
+    """Write tokenizer.json and tokenizer_config.json, for transformers and all that reads them."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "eos_token": SPECIAL["eoa"],
+        "pad_token": SPECIAL["eoa"],
+        "padding_side": "left",
+        "model_max_length": block_size,
+        "condition": condition,  # ours: usual_condition() reads it
+        "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template(condition),
+    }
+    for name, content in ("tokenizer.json", encoding_to_hf(encoding)), ("tokenizer_config.json", config):
+        Path(directory, name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -645,9 +766,7 @@ if __name__ == "__main__":
     skip_bad = False  # leave malformed and empty rows out and count them; otherwise the first one stops
     n_problems = 40000  # how many word problems to make for training
     n_val_problems = 1000  # and for validation
-    tokenizer = (
-        "bytes"  # or train:4096 (on the source), a tiktoken encoding, a BPE file in its format, a run's directory
-    )
+    tokenizer = "bytes"  # or train:4096, a tiktoken encoding, a BPE file in its format, a model's directory or hub id
     pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
     block_size = 4096  # context: a document may have one token more
     too_long = "truncate"  # or "drop": what happens to longer documents (if the instruction alone is, always drop)

@@ -4,6 +4,7 @@ Exact-match accuracy of a trained model, by greedy generation with its averaged 
     python eval.py                                                   # the model in out/, on the task it was trained for
     python eval.py --out_dir=out-gsm8k --tasks=gsm8k --limit=100     # GSM8K's test set, from the hub
     python eval.py --tasks=gsm8k,problems --gsm8k_source=test.jsonl --save_generations=True
+    python eval.py --init_from=sapientinc/HRM-Text-1B --condition=synth,cot --tasks=gsm8k --out_dir=out-published
 
 Prints a table and writes out_dir/eval.json; with save_generations also out_dir/generations-<task>.jsonl. A generation
 that holds no number counts as wrong and is reported as invalid; one that reaches max_new_tokens is reported as cut off.
@@ -18,11 +19,12 @@ from tqdm import tqdm
 
 import data
 from configurator import configure
-from model import HRM, choose_device
+from model import HRM, choose_device, local_directory
 
 # ----------------------------------------------------------------------------------------------------
 # settings
-out_dir = "out"  # of train.py
+out_dir = "out"  # of train.py; results go there too
+init_from = ""  # in place of its model, one in the Hugging Face layout: a directory or a hub id
 tasks = ""  # problems, gsm8k, or both with a comma between; "": problems for a model trained on them, else gsm8k
 limit = 0  # questions per task; 0: all
 condition = ""  # of the prompts; "": what most of the training documents have
@@ -39,15 +41,15 @@ settings = configure(globals())
 # tasks: {name: rows of (question, reference)}
 
 
-def problems(meta):
+def problems(made):
     """The validation split of the embedded word problems: that of the model's own dataset, if trained on them."""
-    made = meta["made"] if meta["made"]["source"] == "problems" else {"n_val_problems": 1000, "seed": 1337}
+    made = made if made.get("source") == "problems" else {"n_val_problems": 1000, "seed": 1337}
     return [
         (row["instruction"], row["response"]) for row in data.word_problems("val", made["n_val_problems"], made["seed"])
     ]
 
 
-def gsm8k(meta):
+def gsm8k(made):
     """The test set of grade-school mathematics (Cobbe et al. 2021)."""
     fields = {"instruction": "question", "response": "answer"}
     pairs = [(where, data.to_pair(row, fields)) for where, row in data.read_rows(gsm8k_source, "main", "test")]
@@ -119,19 +121,21 @@ def evaluate(name, rows, most_new, model, encoding, condition):
 
 try:
     device, dtype = choose_device(device, dtype)
-    model = HRM.from_pretrained(out_dir, average).to(device, dtype).eval()
+    source = local_directory(init_from) if init_from else Path(out_dir)
+    model = HRM.from_pretrained(source, average).to(device, dtype).eval()
     model.compute_dtype = dtype
-    encoding, meta = data.load_encoding(out_dir), data.read_meta(out_dir)
-    condition = condition or data.usual_condition(meta)
-    tasks = tasks or ("problems" if meta["made"]["source"] == "problems" else "gsm8k")
+    encoding, condition = data.load_encoding(source), condition or data.usual_condition(source)
+    made = data.read_meta(source)["made"] if (source / "meta.json").exists() else {}
+    tasks = tasks or ("problems" if made.get("source") == "problems" else "gsm8k")
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     weights = "averaged" if average else "plain"
-    print(f"{out_dir}: {weights} weights, on {device}, {dtype}; condition: {condition or 'none'}")
+    print(f"{init_from or out_dir}: {weights} weights, on {device}, {dtype}; condition: {condition or 'none'}")
     table = {}
     for name in tasks.split(","):
         if name not in TASKS:
             raise ValueError(f"there is no task '{name}'; the tasks are {', '.join(TASKS)}")
         questions, most_new = TASKS[name]
-        rows = questions(meta)[: limit or None]
+        rows = questions(made)[: limit or None]
         results, speed = evaluate(name, rows, max_new_tokens or most_new, model, encoding, condition)
         verdicts = [r["verdict"] for r in results]
         accuracy, invalid = (verdicts.count(v) / max(len(rows), 1) for v in ("right", "invalid"))

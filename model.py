@@ -12,9 +12,16 @@ Notable features:
     model = HRM(HRMConfig(vocab_size=263, block_size=512, n_layer=4, n_head=2, n_embd=64))
     logits, loss = model(idx, targets, doc, prefix, bp_steps=5)     # all (B, T)
     new_ids = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=32)
+    model = HRM.from_pretrained("sapientinc/HRM-Text-1B")           # or a directory, or train.py's out_dir
+
+As a script it exports a run to the Hugging Face layout, for transformers and all that reads it:
+
+    python model.py --out_dir=out --export_dir=out-hf
 """
 
+import json
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -34,9 +41,9 @@ LOGITS_AT_ONCE = 2**28  # fp32 logits held in memory at a time by the loss, in e
 # configuration
 
 
-@dataclass(frozen=True)
+@dataclass
 class HRMConfig:
-    """Shape of a model. Raises ValueError, in one sentence, on a shape that cannot be."""
+    """Shape of a model; what is None follows from the rest. An impossible one raises ValueError, in one sentence."""
 
     vocab_size: int = 65536
     block_size: int = 4096  # context: tokens in a row, so also the longest document
@@ -46,26 +53,26 @@ class HRMConfig:
     H_cycles: int = 2  # H-steps per forward pass
     L_cycles: int = 3  # L-steps before each H-step
     prefix_lm: bool = True  # False: attention is causal in the prefix too
-    expansion: float = 4.0  # MLP width, as in a plain MLP; see n_ff
+    expansion: float = 4.0  # MLP width of a plain MLP, as a multiple of n_embd
+    n_ff: int | None = None  # MLP width; None: 2/3 of that (a gated MLP has three matrices), up to a multiple of 256
+    head_dim: int | None = None  # None: n_embd / n_head
+    embed_scale: float | None = None  # factor of the embeddings; None: sqrt(n_embd), for unit variance at the start
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        if self.n_ff is None:
+            self.n_ff = -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
+        if self.embed_scale is None:
+            self.embed_scale = self.n_embd**0.5
         if min(self.vocab_size, self.block_size, self.n_head, self.n_embd, self.H_cycles, self.L_cycles) < 1:
             raise ValueError(f"every size of a model must be at least 1: {self}")
         if self.n_layer < 2 or self.n_layer % 2:
             raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head})")
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
-
-    @property
-    def n_ff(self):
-        """MLP width: 2/3 of expansion * n_embd, since a gated MLP has three matrices, then up to a multiple of 256."""
-        return -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
+        if self.head_dim is None:
+            if self.n_embd % (2 * self.n_head):
+                raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head})")
+            self.head_dim = self.n_embd // self.n_head
 
     @property
     def n_steps(self):
@@ -214,8 +221,8 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gqkv_proj = random_weight(4 * config.n_embd, config.n_embd)  # rows: gate, q, k, v
-        self.o_proj = random_weight(config.n_embd, config.n_embd)
+        self.gqkv_proj = random_weight(4 * config.n_head * config.head_dim, config.n_embd)  # rows: gate, q, k, v
+        self.o_proj = random_weight(config.n_embd, config.n_head * config.head_dim)
         self.gate_up_proj = random_weight(2 * config.n_ff, config.n_embd)  # rows: gate, up
         self.down_proj = random_weight(config.n_embd, config.n_ff)
 
@@ -289,7 +296,7 @@ class HRM(nn.Module):
                         x = self.block(x, *args)
                 return norm(x, config.norm_eps)
 
-        z_H = (F.embedding(idx, self.embed) * config.n_embd**0.5).to(dtype)
+        z_H = (F.embedding(idx, self.embed) * config.embed_scale).to(dtype)
         z_L = self.z_L_init.to(dtype).expand_as(z_H)
         for h in range(H_steps):
             for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
@@ -343,20 +350,70 @@ class HRM(nn.Module):
         4 backward, where every position counts as one that goes through the head.
         """
         c = self.config
-        stack = c.n_layer // 2 * (5 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
+        stack = sum(p.numel() for p in self.H.parameters())
         return stack * (2 * c.n_steps + 4 * bp_steps) + 6 * c.vocab_size * c.n_embd
 
     def cache_bytes_per_token(self):
         """Size of the generation cache: keys and values of every block at every step."""
-        return 2 * self.config.n_layer // 2 * self.config.n_steps * self.config.n_embd * self.compute_dtype.itemsize
+        c = self.config
+        return 2 * c.n_layer // 2 * c.n_steps * c.n_head * c.head_dim * self.compute_dtype.itemsize
+
+    # ------------------------------------------------------------------------------------------------
+    # weights from elsewhere, and for elsewhere
 
     @classmethod
-    def from_pretrained(cls, directory, average=True):
-        """The model of a directory that train.py wrote, with its averaged weights unless `average` is False."""
-        ckpt = load_checkpoint(directory)
-        model = cls(HRMConfig(**ckpt["config"]))
-        model.load_state_dict({**ckpt["model"], **(ckpt["ema"] if average else {})})
+    def from_pretrained(cls, name, average=True):
+        """
+        A model from a directory that train.py wrote (with its averaged weights unless `average` is False), or from a
+        directory or a hub id in the Hugging Face layout. Weights become fp32.
+        Raises ValueError or FileNotFoundError, in one sentence, on anything that is not exactly this model.
+        """
+        directory = local_directory(name)
+        if (directory / "ckpt.pt").exists():
+            ckpt = load_checkpoint(directory)
+            model = cls(HRMConfig(**ckpt["config"]))
+            model.load_state_dict({**ckpt["model"], **(ckpt["ema"] if average else {})})
+            return model
+        with torch.device("meta"):
+            model = cls(read_hf_config(directory / "config.json"))
+        tensors, state = read_safetensors(directory), {}
+        for ours, want in model.state_dict().items():
+            names = [hf_name(ours)]
+            if names[0] not in tensors:  # the layout with separate projections
+                names = hf_split_names(ours)
+            missing = [n for n in names if n not in tensors]
+            if missing:
+                raise ValueError(f"{directory} lacks the tensor {hf_name(ours)}")
+            state[ours] = torch.cat([tensors.pop(n) for n in names]).float()
+            if state[ours].shape != want.shape:
+                raise ValueError(
+                    f"{directory}: {names[0]} has shape {tuple(state[ours].shape)}, not {tuple(want.shape)}"
+                )
+        if tensors:
+            raise ValueError(f"{directory} has a tensor that is not of this model: {min(tensors)}")
+        model.load_state_dict(state, assign=True)
         return model
+
+    def save_pretrained(self, directory, **config):
+        """
+        Write config.json and model.safetensors, in the Hugging Face layout, for transformers and all that reads it.
+        `config` adds to config.json and generation_config.json: eos_token_id, say.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {hf_name(name): t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        ours = self.config
+        hf = {theirs: getattr(ours, name) for theirs, name in HF_CONFIG.items()}
+        fixed = {**HF_FIXED, "num_hidden_layers": ours.n_layer // 2, "num_key_value_heads": ours.n_head}
+        kind = {"architectures": ["HrmTextForCausalLM"], "dtype": str(self.embed.dtype).removeprefix("torch.")}
+        rest = {"initializer_range": ours.n_embd**-0.5}
+        text = json.dumps({**kind, **hf, **fixed, **rest, **config}, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        text = json.dumps({"do_sample": False, **config}, indent=2) + "\n"
+        (directory / "generation_config.json").write_text(text, encoding="utf-8")
 
     # ------------------------------------------------------------------------------------------------
     # generation
@@ -411,6 +468,120 @@ class HRM(nn.Module):
                 if t is not None:
                     row.append(t)
         return new
+
+
+# ----------------------------------------------------------------------------------------------------
+# the Hugging Face layout
+
+HF_CONFIG = {  # theirs: ours
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_ff",
+    "num_attention_heads": "n_head",
+    "head_dim": "head_dim",
+    "H_cycles": "H_cycles",
+    "L_cycles": "L_cycles",
+    "max_position_embeddings": "block_size",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "embedding_scale": "embed_scale",
+    "prefix_lm": "prefix_lm",
+}
+HF_FIXED = {"model_type": "hrm_text", "hidden_act": "silu", "tie_word_embeddings": False}  # nothing else is built here
+HF_FIXED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "rope_scaling": None}
+
+
+def read_hf_config(path):
+    """config.json -> HRMConfig. Raises ValueError that names any setting which this model does not have."""
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} has neither ckpt.pt nor config.json") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+    if hf.get("model_type") != "hrm_text":
+        raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, not 'hrm_text'")
+    rope = hf.pop("rope_parameters", None) or {}
+    hf.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    hf["rope_scaling"] = hf.get("rope_scaling") or (None if rope.get("rope_type", "default") == "default" else rope)
+    fixed = {**HF_FIXED, "num_key_value_heads": hf.get("num_attention_heads")}
+    for key, only in fixed.items():
+        if hf.get(key, only) not in (only, None):
+            raise ValueError(f"{path}: {key} = {hf[key]!r} is not supported, only {only!r}")
+    if hf.get("embedding_scale") is None:
+        hf["embedding_scale"] = 1 / hf.get("initializer_range", 0.02)
+    known = {"head_dim": 128, "prefix_lm": True, "H_cycles": 2, "L_cycles": 3, "rms_norm_eps": 1e-6}  # their defaults
+    hf = {**known, **hf}
+    per_stack = hf.get("num_layers_per_stack") or hf.get(
+        "num_hidden_layers"
+    )  # transformers puts another number in the latter
+    missing = [key for key in HF_CONFIG if key not in hf] + (["num_hidden_layers"] if not per_stack else [])
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]}")
+    return HRMConfig(n_layer=2 * per_stack, **{ours: hf[theirs] for theirs, ours in HF_CONFIG.items()})
+
+
+def read_safetensors(directory):
+    """{name: tensor} of model.safetensors, or of the files that model.safetensors.index.json lists."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = directory / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    tensors = {}
+    for file in sorted(files):
+        if Path(file).name != file:
+            raise ValueError(f"{index} names a file outside its directory: {file}")
+        if not (directory / file).exists():
+            raise FileNotFoundError(f"there is no {directory / file}")
+        try:
+            tensors.update(load_file(directory / file))
+        except SafetensorError as e:
+            raise ValueError(f"{directory / file} is damaged: {e}") from None
+    return tensors
+
+
+def hf_name(ours):
+    """H.0.o_proj -> model.H_module.layers.0.attn.o_proj.weight, and so on."""
+    if "." not in ours:
+        outside = {"embed": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "z_L_init": "model.z_L_init"}
+        return outside[ours]
+    stack, i, weight = ours.split(".")
+    part = "attn" if weight in ("gqkv_proj", "o_proj") else "mlp"
+    return f"model.{stack}_module.layers.{i}.{part}.{weight}.weight"
+
+
+def hf_split_names(ours):
+    """The names of a weight's parts in the layout with separate projections, in the order of its rows."""
+    parts = {"gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    weight = ours.rpartition(".")[2]
+    name = hf_name(ours).replace(".attn.", ".self_attn.")
+    return [name.replace(weight, part) for part in parts.get(weight, (weight,))]
+
+
+def local_directory(name, *patterns):
+    """The directory `name`, or a local copy of the hub's model of that name, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise FileNotFoundError(f"there is no directory {name}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=patterns or ["*.json", "*.safetensors"]))
+    except ImportError:
+        raise ValueError(f"to download {name}, pip install huggingface_hub") from None
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(
+            f"{name} is no directory and cannot be had from the hub: {type(e).__name__}: {reason}"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# loading and sampling
 
 
 def choose_device(device, dtype):
@@ -517,3 +688,24 @@ class AdamATan2(torch.optim.Optimizer):
     def _swap(self):
         for p, state in self.state.items():
             p.data, state["ema"] = state["ema"], p.data
+
+
+# ----------------------------------------------------------------------------------------------------
+# exporting a training run
+
+if __name__ == "__main__":
+    import data
+    from configurator import configure
+
+    out_dir = "out"  # of train.py
+    export_dir = "out-hf"  # where to write config.json, model.safetensors, tokenizer.json and tokenizer_config.json
+    average = True  # the weights' moving average; False: the weights themselves
+    dtype = "float32"  # of the weights written, or bfloat16
+    configure(globals())
+    try:
+        model = HRM.from_pretrained(out_dir, average).to(choose_device("cpu", dtype)[1])
+        encoding, eoa = data.load_encoding(out_dir), data.special_id(data.load_encoding(out_dir), "eoa")
+        model.save_pretrained(export_dir, eos_token_id=eoa, pad_token_id=eoa)
+        data.save_hf_tokenizer(encoding, export_dir, data.usual_condition(out_dir), model.config.block_size)
+    except (ValueError, OSError) as e:
+        sys.exit(f"model.py: {e}")

@@ -5,6 +5,7 @@ Ask a trained model.
     python sample.py --prompt="Tom has 12 apples and buys 9 more. How many apples does Tom have now?"
     python sample.py --out_dir=out-gsm8k --prompt=FILE:question.txt --num_samples=3 --temperature=0.8 --top_k=50
     python sample.py --interactive=True                               # a line is a prompt; Ctrl-D ends
+    python sample.py --init_from=sapientinc/HRM-Text-1B --condition=synth,cot --prompt="..."
 """
 
 import codecs
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import data
 from configurator import configure
-from model import HRM, choose_device
+from model import HRM, choose_device, local_directory
 
 # ----------------------------------------------------------------------------------------------------
 # settings
 out_dir = "out"  # of train.py
+init_from = ""  # in its place, a model in the Hugging Face layout: a directory or a hub id
 prompt = ""  # an instruction, or FILE:path to read it from; "": a few of our own
 condition = ""  # direct, cot, synth, noisy, or several, as synth,cot; "": what most of the training documents have
 num_samples = 1  # of each prompt
@@ -57,10 +59,10 @@ try:
     if prompt.startswith("FILE:"):
         prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").strip()
     device, dtype = choose_device(device, dtype)
-    model = HRM.from_pretrained(out_dir, average).to(device, dtype).eval()
+    source = local_directory(init_from) if init_from else out_dir
+    model = HRM.from_pretrained(source, average).to(device, dtype).eval()
     model.compute_dtype = dtype
-    encoding, meta = data.load_encoding(out_dir), data.read_meta(out_dir)
-    condition = condition or data.usual_condition(meta)
+    encoding, condition = data.load_encoding(source), condition or data.usual_condition(source)
     if interactive:
         print("A line is a prompt; Ctrl-D ends.")
         while True:

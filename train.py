@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 import data
 from configurator import configure
-from model import HRM, IGNORE, AdamATan2, HRMConfig, choose_device, load_checkpoint
+from model import HRM, IGNORE, AdamATan2, HRMConfig, choose_device, load_checkpoint, local_directory
 
 # ----------------------------------------------------------------------------------------------------
 # settings
 # input and output
 out_dir = "out"
 dataset = "problems"  # data/<dataset>, made by data.py ("problems" is made on the spot)
-init_from = "scratch"  # or "resume" (out_dir/ckpt.pt), or a directory with a checkpoint to fine-tune
+init_from = "scratch"  # or "resume" (out_dir/ckpt.pt), or what to fine-tune: a run, a directory, a hub id
 log_interval = 10  # steps between log lines
 eval_interval = 500  # steps between validation losses; 0: only at the end
 eval_iters = 0  # batches of a validation loss; 0: all of val.bin
@@ -146,14 +146,14 @@ try:
         model = HRM.from_pretrained(init_from)
     config = model.config
     source = out if resumed else init_from
-    if init_from != "scratch" and not data.same_tokenizer(source, data_dir):
-        raise ValueError(
-            f"{source} and {data_dir} have different tokenizers; data.py --tokenizer={source} makes them one"
-        )
+    if init_from != "scratch":
+        encodings = data.load_encoding(local_directory(source)), data.load_encoding(data_dir)
+        if not data.same_tokenizer(*encodings) or config.vocab_size < meta["vocab_size"]:
+            raise ValueError(
+                f"{source} and {data_dir} have different tokenizers; data.py --tokenizer={source} mends that"
+            )
     if config.block_size < block_size:
-        raise ValueError(
-            f"{init_from} has a context of {config.block_size} tokens, less than block_size ({block_size})"
-        )
+        raise ValueError(f"{source} has a context of {config.block_size} tokens, and block_size is {block_size}")
     if not 2 <= bp_min <= bp_max <= config.n_steps:
         raise ValueError(f"bp_min and bp_max must rise from 2 to at most H_cycles * (L_cycles + 1) = {config.n_steps}")
     if resumed:

@@ -1,0 +1,311 @@
+"""The Hugging Face layout in both directions, with transformers and tokenizers as the independent judges."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_data import TEXTS
+
+import data
+from model import HRM, HRMConfig
+
+transformers = pytest.importorskip("transformers", minversion="5.9")
+tokenizers = pytest.importorskip("tokenizers")
+
+CONFIGS = [
+    dict(vocab_size=300, n_layer=4, n_head=2, n_embd=64, H_cycles=2, L_cycles=3),
+    dict(vocab_size=67, n_layer=2, n_head=4, n_embd=64, H_cycles=3, L_cycles=1, prefix_lm=False),
+    dict(vocab_size=129, n_layer=6, n_head=1, n_embd=32, H_cycles=1, L_cycles=2, n_ff=96),
+    dict(
+        vocab_size=263,
+        n_layer=2,
+        n_head=3,
+        n_embd=48,
+        H_cycles=2,
+        L_cycles=2,
+        head_dim=32,
+        embed_scale=5.0,
+        prefix_lm=False,
+    ),
+]
+
+
+def random_model(shape):
+    torch.manual_seed(0)
+    return HRM(HRMConfig(block_size=256, **shape))
+
+
+def their_logits(model, ids, n_prefix):
+    prefix = (torch.arange(len(ids))[None] < n_prefix).long()
+    with torch.no_grad():
+        return model(ids[None], token_type_ids=prefix).logits[0]
+
+
+def our_logits(model, ids, n_prefix):
+    with torch.no_grad():
+        return model(ids[None], prefix=torch.arange(len(ids))[None] < n_prefix)[0][0]
+
+
+def close(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item() < 1e-5
+
+
+def their_greedy(model, prompts, n):
+    """transformers' greedy generation for a batch of prompts of different lengths, padded on the left."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+    new = model.generate(
+        ids, attention_mask=mask, token_type_ids=mask, max_new_tokens=n, do_sample=False, pad_token_id=0
+    )
+    return new[:, T:].tolist()
+
+
+def split_layout(tensors):
+    """The same tensors with separate projections."""
+    parts = {"gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    split = {}
+    for name, t in tensors.items():
+        name = name.replace(".attn.", ".self_attn.")
+        fused = next((f for f in parts if f in name), None)
+        for part, rows in zip(parts.get(fused, [None]), t.chunk(len(parts.get(fused, [0])))):
+            split[name.replace(fused, part) if fused else name] = rows.contiguous()
+    return split
+
+
+@pytest.mark.parametrize("shape", CONFIGS)
+def test_ours_saved_theirs_loaded(tmp_path, shape):
+    ours = random_model(shape)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(shape["vocab_size"], (40,))
+    assert close(our_logits(ours, ids, 25), their_logits(theirs, ids, 25))
+    prompts = [ids[:n].tolist() for n in (3, 17, 40, 1)]
+    assert ours.generate(prompts, 64) == their_greedy(theirs, prompts, 64)
+
+
+@pytest.mark.parametrize("layout", ["fused", "split", "sharded"])
+@pytest.mark.parametrize("shape", CONFIGS)
+def test_theirs_saved_ours_loaded(tmp_path, shape, layout):
+    torch.manual_seed(1)
+    c = HRMConfig(**shape)
+    theirs = transformers.HrmTextForCausalLM(
+        transformers.HrmTextConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.n_ff,
+            num_hidden_layers=c.n_layer // 2,
+            num_attention_heads=c.n_head,
+            head_dim=c.head_dim,
+            H_cycles=c.H_cycles,
+            L_cycles=c.L_cycles,
+            prefix_lm=c.prefix_lm,
+            max_position_embeddings=256,
+            initializer_range=0.1,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        )
+    ).eval()
+    theirs.model.z_L_init.data.normal_()
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB" if layout == "sharded" else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (layout == "sharded")
+    if layout == "split":
+        from safetensors.torch import load_file, save_file
+
+        save_file(split_layout(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")
+    ours = HRM.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 5000.0 and ours.config.embed_scale == pytest.approx(10.0)
+    ids = torch.randint(c.vocab_size, (40,))
+    assert close(our_logits(ours, ids, 25), their_logits(theirs, ids, 25))
+    prompts = [ids[:n].tolist() for n in (3, 17, 40, 1)]
+    assert ours.generate(prompts, 64) == their_greedy(theirs, prompts, 64)
+
+
+def test_the_published_form_of_the_config(tmp_path):
+    """num_hidden_layers counts the blocks of a stack, rope_theta stands alone, and the scale follows from the range."""
+    ours = random_model(CONFIGS[0])
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["num_hidden_layers"] == 2 and config["rope_theta"] == 10000.0 and "num_layers_per_stack" not in config
+    del config["embedding_scale"]
+    path.write_text(json.dumps(config))
+    assert HRM.from_pretrained(tmp_path).config.embed_scale == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads = 1 is not supported"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"vocab_size": 301}, "embed_tokens.weight has shape"),
+        ({"num_hidden_layers": 3}, "lacks the tensor model.H_module.layers.2"),
+        ({"num_hidden_layers": 1}, "not of this model: model.H_module.layers.1"),
+    ],
+)
+def test_what_is_not_this_model_is_named(tmp_path, change, sentence):
+    random_model(CONFIGS[0]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in {**json.loads(path.read_text()), **change}.items() if v is not None}))
+    with pytest.raises(ValueError, match=sentence):
+        HRM.from_pretrained(tmp_path)
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path):
+    with pytest.raises(OSError, match="neither ckpt.pt nor config.json"):
+        HRM.from_pretrained(tmp_path)
+    random_model(CONFIGS[0]).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        HRM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(ValueError, match="outside its directory"):
+        HRM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be had from the hub"):
+        HRM.from_pretrained("nobody/nothing")
+
+
+# ----------------------------------------------------------------------------------------------------
+# tokenizers
+
+CORPUS = [f"{row['instruction']} {row['response']}" for row in data.word_problems("train", 500, 0)] + [
+    "def f(x):\n    return x ** 2  # naïve café\n" * 3,
+    "数学は楽しい。1234567 + 89 = ?\t\r\n\n   indented",
+]
+HARD = [
+    *TEXTS,
+    *CORPUS[::50],
+    "".join(map(chr, range(0x3000))),
+    "🙂👩‍👩‍👧 é é ﷽ 𝔘𝔫𝔦",
+    " \n \t  \r\n\u00a0\u3000 x",
+    "It's 'LL we'd I'm 12,345.67 ½ ²",
+    "<|im_start|><|object_ref_end|>2+2?<|im_end|>4<|box_end|><|nothing|>",
+]
+
+
+def same_ids(encoding, tokenizer):
+    """On every hard text, with special tokens read as such and not."""
+    for text in HARD:
+        assert encoding.encode(text, allowed_special="all") == tokenizer.encode(text, add_special_tokens=False).ids, (
+            text
+        )
+    tokenizer.encode_special_tokens = True
+    for text in HARD:
+        assert encoding.encode_ordinary(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
+        assert tokenizer.decode(encoding.encode_ordinary(text), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("spec", ["bytes", "train:1000"])
+def test_our_tokenizers_in_their_format(tmp_path, spec):
+    if spec.startswith("train"):
+        pytest.importorskip("rustbpe")
+    encoding = data.make_encoding(spec, texts=CORPUS)
+    data.save_hf_tokenizer(encoding, tmp_path)
+    same_ids(encoding, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    assert data.same_tokenizer(data.load_encoding(tmp_path), encoding)  # and back
+
+
+@pytest.mark.parametrize("split", ["gpt2", "ours", "special tokens first"])
+def test_their_tokenizers_in_our_format(tmp_path, split):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "ours")
+    tokenizer.pre_tokenizer = byte_level
+    if split == "ours":
+        by_regex = tokenizers.pre_tokenizers.Split(tokenizers.Regex(data.SPLIT), "isolated")
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([by_regex, byte_level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = list(data.SPECIAL.values()) if split == "special tokens first" else []
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, tokenizers.trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, special_tokens=special)
+    )
+    tokenizer.add_special_tokens(list(data.SPECIAL.values()))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoding = data.load_encoding(tmp_path)
+    assert encoding.n_vocab == tokenizer.get_vocab_size()
+    same_ids(encoding, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"normalizer": {"type": "NFC"}}, r"a normalizer \(NFC\)"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "must be split by"),
+        ({"model": {"type": "Unigram", "vocab": {}, "merges": []}}, "only byte-level BPE"),
+        ({"model": 3}, "no tokenizer of byte-level BPE"),
+    ],
+)
+def test_other_tokenizers_are_refused(tmp_path, change, sentence):
+    file = data.encoding_to_hf(data.make_encoding("bytes"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**file, **change}))
+    with pytest.raises(ValueError, match=sentence):
+        data.load_encoding(tmp_path)
+
+
+def test_the_chat_template_makes_our_prefix(tmp_path):
+    encoding = data.make_encoding("bytes")
+    data.save_hf_tokenizer(encoding, tmp_path, condition="cot")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    message = [{"role": "user", "content": "What is 2+2? é"}]
+    for condition, kwargs in (("cot", {}), ("synth,cot", {"condition": "synth,cot"}), ("", {"condition": ""})):
+        encoded = tokenizer.apply_chat_template(message, return_dict=True, add_generation_prompt=True, **kwargs)
+        assert encoded["input_ids"] == data.encode_prompt(encoding, "What is 2+2? é", condition)
+        assert set(encoded["token_type_ids"]) == {1}
+
+
+# ----------------------------------------------------------------------------------------------------
+# a trained model, out and in again
+
+
+def test_export_answers_the_same(tmp_path, problems_dir):
+    """train.py -> model.py -> transformers alone; and sample.py and eval.py on the export as on the run."""
+    run = dict(cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "problems").symlink_to(problems_dir)
+    shape = ["--n_layer=2", "--n_embd=32", "--block_size=256", "--device=cpu", "--compile=False"]
+    for command in (
+        ["train.py", *shape, "--batch_size=2", "--max_iters=30", "--learning_rate=1e-2", "--ema=0.5"],
+        ["model.py", "--export_dir=hf"],
+    ):
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], **run)
+        assert done.returncode == 0, done.stderr
+    question = "Tom has 12 apples and buys 9 more. How many apples does Tom have now?"
+    answers = [
+        subprocess.run(
+            [sys.executable, ROOT / "sample.py", f"--prompt={question}", "--max_new_tokens=20", *init], **run
+        ).stdout
+        for init in ([], ["--init_from=hf"])
+    ]
+    assert answers[0] == answers[1] and question in answers[0]
+    results = []
+    for init in ["--out_dir=out"], ["--out_dir=out2", "--init_from=hf"]:
+        args = ["--tasks=problems", "--limit=5", "--max_new_tokens=10", "--save_generations=True"]
+        subprocess.run([sys.executable, ROOT / "eval.py", *init, *args], **run)
+        results.append((tmp_path / init[0][10:] / "generations-problems.jsonl").read_text())
+    assert len(results[0]) > 100
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), dtype=torch.float32)
+    reply = pipe([{"role": "user", "content": question}], max_new_tokens=20)[0]["generated_text"][-1]["content"]
+    assert reply == answers[0].partition("---\n")[2].rstrip("\n")
+    tuned = [
+        "--init_from=hf",
+        "--out_dir=tuned",
+        "--batch_size=2",
+        "--max_iters=1",
+        "--bp_min=5",
+        "--learning_rate=0.0",
+    ]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *shape, *tuned], **run)
+    assert done.returncode == 0, done.stderr
+    losses = [
+        json.loads(line).get("val_loss") for out in ("out", "tuned") for line in open(tmp_path / out / "log.jsonl")
+    ]
+    assert losses[-1] == pytest.approx(next(loss for loss in losses if loss), rel=1e-5)
