@@ -1,11 +1,11 @@
 """
-Fine-tuning on GSM8K with the published preset, from the averaged weights of a run whose tokenizer the data shares.
+Fine-tuning on GSM8K with the published preset, from averaged or published weights, on data of the model's own tokenizer.
 
-    python data.py config/gsm8k.py --tokenizer=out-hrm1b/tokenizer.tiktoken --dataset=gsm8k-hrm1b
-    python train.py config/finetune_gsm8k.py --init_from=out-hrm1b --dataset=gsm8k-hrm1b
+    python data.py config/gsm8k.py --tokenizer=sapientinc/HRM-Text-1B --dataset=gsm8k-hrm1b --block_size=4096
+    python train.py config/finetune_gsm8k.py --init_from=sapientinc/HRM-Text-1B
 """
 
-init_from = "out-hrm1b"  # the shape of the model comes from there
+init_from = "sapientinc/HRM-Text-1B"  # or a run's out_dir, or a directory; the shape of the model comes from there
 dataset = "gsm8k-hrm1b"
 out_dir = "out-finetune"
 block_size = 4096
