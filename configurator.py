@@ -38,6 +38,8 @@ def settings_of(script):
 
 def run_config(path):
     """{name: value} of the globals that a config file sets (imports, functions and _names are its own business)."""
+    if not Path(path).is_file():
+        sys.exit(f"there is no config file {path}" + (f"; did you mean --{path}?" if "=" in path else ""))
     try:
         values = runpy.run_path(path)
     except Exception as e:
@@ -68,9 +70,9 @@ def checked(where, key, value, default):
 
 def refuse(where, key, known):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    sys.exit(
-        f"{where}: there is no setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists them.")
-    )
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists them."
+    own_names = "" if where.startswith("--") else " (Names of your own start with _.)"
+    sys.exit(f"{where}: there is no setting '{key}'; {hint}{own_names}")
 
 
 def configure(settings, argv=None):

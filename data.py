@@ -151,6 +151,11 @@ def read_meta(directory):
         raise ValueError(f"{path} is damaged: {e}") from None
 
 
+def choose_condition(condition, directory):
+    """The setting `condition`: itself, no tags for "none", and for "" the usual condition of a directory's model."""
+    return {"": usual_condition(directory), "none": ""}.get(condition, condition)
+
+
 def usual_condition(directory):
     """
     The condition that most documents of a directory's dataset or model had in training, which prompts are best given
@@ -282,19 +287,20 @@ def special_id(encoding, role):
     return encoding._special_tokens[SPECIAL[role]]
 
 
-def condition_ids(encoding, condition):
-    """The ids of condition tags such as "cot" or "synth,cot", in the order written; none for ""."""
+def condition_tags(condition):
+    """The tags of a condition such as "cot" or "synth,cot", in the order written; none for ""."""
     tags = [tag.strip() for tag in condition.split(",") if tag.strip()]
     for tag in tags:
         if tag not in CONDITIONS:
             raise ValueError(f"unknown condition '{tag}'; the conditions are {', '.join(CONDITIONS)}")
-    return [special_id(encoding, tag) for tag in tags]
+    return tags
 
 
 def make_prefix(encoding, condition, instruction_ids):
     """The part of a document that the model is given: training, sampling and evaluation all build it here."""
     start, end = special_id(encoding, "boq"), special_id(encoding, "eoq")
-    return [start, *condition_ids(encoding, condition), *instruction_ids, end]
+    tags = (special_id(encoding, tag) for tag in condition_tags(condition))
+    return [start, *tags, *instruction_ids, end]
 
 
 def encode_prompt(encoding, instruction, condition=""):
@@ -373,6 +379,10 @@ def read_rows(source, config="", split="train"):
     yields (where, None).
     """
     path = Path(source)
+    if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"{path} is neither .jsonl, .json nor .parquet")
+    if path.is_dir() and not any(f.suffix in (".jsonl", ".json", ".parquet") for f in path.rglob(f"*{split}*")):
+        raise FileNotFoundError(f"there is no .jsonl, .json or .parquet file named after the split '{split}' in {path}")
     files = sorted(path.glob(f"{split}*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -424,7 +434,9 @@ def to_pair(row, fields, condition="", answer="", strip_annotations=False):
     if answer == "direct":
         response = response.rpartition("####")[2].strip()
     condition = row.get(fields.get("condition")) or condition or answer
-    if not isinstance(condition, str) or not all(tag.strip() in (*CONDITIONS, "") for tag in condition.split(",")):
+    try:
+        condition_tags(condition)
+    except (ValueError, AttributeError):
         return f"unknown condition {condition!r}"
     return instruction, response, condition
 
@@ -514,7 +526,7 @@ def prepare(
     n_val_problems=1000,
     tokenizer="bytes",
     pat_str="",
-    block_size=4096,
+    block_size=1024,
     too_long="truncate",
     threads=0,
     seed=1337,
@@ -531,6 +543,9 @@ def prepare(
         raise ValueError(
             f"too_long is truncate or drop, and answer is cot, direct or empty; not '{too_long}', '{answer}'"
         )
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is a share below 1, not {val_fraction}")
+    condition_tags(condition)
     if set(fields or ()) - {"instruction", "response", "condition"}:
         raise ValueError(f"fields names a source's instruction, response and condition, and nothing else: {fields}")
     made = {k: v for k, v in locals().items() if k not in ("directory", "part", "threads")}
@@ -578,7 +593,8 @@ def prepare(
         writer.counts["length"] = {k: int(np.percentile(lengths, p)) for k, p in points.items()} if len(lengths) else {}
     if not writers["train"].counts["documents"]:
         shutil.rmtree(part)
-        raise ValueError(f"{source} holds no document to train on")
+        dropped = "; ".join(f"{n:,} rows: {why}" for why, n in writers["train"].counts["dropped"].items())
+        raise ValueError(f"{source} holds no document to train on" + (f" ({dropped})" if dropped else ""))
     meta = {
         "vocab_size": encoding.n_vocab,
         "dtype": token_dtype(encoding.n_vocab).name,
@@ -660,7 +676,9 @@ class Loader:
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
         for key, value in self.plan.items():
             if self.state[key] != value:
-                raise ValueError(f"{directory} is not the data of the run: {key} {value}, and {self.state[key]} there")
+                raise ValueError(
+                    f"{directory} gives another plan than the run had: {key} {value}, not {self.state[key]}"
+                )
         self.order = self._permutation(self.state["epoch"])
 
     def _permutation(self, epoch):
@@ -768,7 +786,7 @@ if __name__ == "__main__":
     n_val_problems = 1000  # and for validation
     tokenizer = "bytes"  # or train:4096, a tiktoken encoding, a BPE file in its format, a model's directory or hub id
     pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
-    block_size = 4096  # context: a document may have one token more
+    block_size = 1024  # context: a document may have one token more
     too_long = "truncate"  # or "drop": what happens to longer documents (if the instruction alone is, always drop)
     threads = 0  # of the tokenizer; 0: one per core
     seed = 1337

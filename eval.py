@@ -25,9 +25,9 @@ from model import HRM, choose_device, local_directory
 # settings
 out_dir = "out"  # of train.py; results go there too
 init_from = ""  # in place of its model, one in the Hugging Face layout: a directory or a hub id
-tasks = ""  # problems, gsm8k, or both with a comma between; "": problems for a model trained on them, else gsm8k
+tasks = ""  # problems, gsm8k, or both with a comma between; "": what the model was trained on, if that is one
 limit = 0  # questions per task; 0: all
-condition = ""  # of the prompts; "": what most of the training documents have
+condition = ""  # of the prompts: a tag, several, or none; "": what most of the training documents have
 gsm8k_source = "openai/gsm8k"  # on the hub, or a local .jsonl or .parquet file, or a directory
 batch_size = 128
 max_new_tokens = 0  # per answer; 0: the task's own
@@ -52,7 +52,10 @@ def problems(made):
 def gsm8k(made):
     """The test set of grade-school mathematics (Cobbe et al. 2021)."""
     fields = {"instruction": "question", "response": "answer"}
-    pairs = [(where, data.to_pair(row, fields)) for where, row in data.read_rows(gsm8k_source, "main", "test")]
+    try:
+        pairs = [(where, data.to_pair(row, fields)) for where, row in data.read_rows(gsm8k_source, "main", "test")]
+    except ValueError as e:
+        raise ValueError(f"{e}; --gsm8k_source=FILE reads a local copy") from None
     for where, pair in pairs:
         if isinstance(pair, str):
             raise ValueError(f"{where}: {pair}")
@@ -124,16 +127,18 @@ try:
     source = local_directory(init_from) if init_from else Path(out_dir)
     model = HRM.from_pretrained(source, average).to(device, dtype).eval()
     model.compute_dtype = dtype
-    encoding, condition = data.load_encoding(source), condition or data.usual_condition(source)
+    encoding, condition = data.load_encoding(source), data.choose_condition(condition, source)
     made = data.read_meta(source)["made"] if (source / "meta.json").exists() else {}
-    tasks = tasks or ("problems" if made.get("source") == "problems" else "gsm8k")
+    tasks = tasks or {"problems": "problems", "openai/gsm8k": "gsm8k"}.get(made.get("source"), "")
+    names = [name.strip() for name in tasks.split(",")]
+    if not set(names) <= TASKS.keys():
+        raise ValueError(f"--tasks names one or more of {', '.join(TASKS)}, not '{tasks}'")
+    if limit < 0:
+        raise ValueError(f"limit must be at least 0, not {limit}")
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    weights = "averaged" if average else "plain"
-    print(f"{init_from or out_dir}: {weights} weights, on {device}, {dtype}; condition: {condition or 'none'}")
+    print(f"{init_from or out_dir}, on {device}, {dtype}; condition: {condition or 'none'}")
     table = {}
-    for name in tasks.split(","):
-        if name not in TASKS:
-            raise ValueError(f"there is no task '{name}'; the tasks are {', '.join(TASKS)}")
+    for name in names:
         questions, most_new = TASKS[name]
         rows = questions(made)[: limit or None]
         results, speed = evaluate(name, rows, max_new_tokens or most_new, model, encoding, condition)

@@ -424,6 +424,8 @@ class HRM(nn.Module):
         config, device = self.config, self.embed.device
         if not prompts:
             return
+        if temperature < 0 or (top_k or 0) < 0 or not 0 <= (top_p or 0) <= 1:
+            raise ValueError("temperature and top_k must be at least 0, and top_p from 0 to 1")
         sizes = [len(p) for p in prompts]
         lengths, longest = torch.tensor(sizes, device=device), max(sizes)
         if not 0 < min(sizes) <= longest <= config.block_size:

@@ -21,7 +21,9 @@ from model import HRM, choose_device, local_directory
 out_dir = "out"  # of train.py
 init_from = ""  # in its place, a model in the Hugging Face layout: a directory or a hub id
 prompt = ""  # an instruction, or FILE:path to read it from; "": a few of our own
-condition = ""  # direct, cot, synth, noisy, or several, as synth,cot; "": what most of the training documents have
+condition = (
+    ""  # direct, cot, synth, noisy, or several, as synth,cot; none; "": what most of the training documents have
+)
 num_samples = 1  # of each prompt
 max_new_tokens = 512
 temperature = 0.0  # 0: always the likeliest token
@@ -57,12 +59,15 @@ def answer(instruction):
 
 try:
     if prompt.startswith("FILE:"):
-        prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").strip()
+        file, prompt = prompt, Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").strip()
+        if not prompt:
+            raise ValueError(f"{file.removeprefix('FILE:')} is empty")
     device, dtype = choose_device(device, dtype)
     source = local_directory(init_from) if init_from else out_dir
     model = HRM.from_pretrained(source, average).to(device, dtype).eval()
     model.compute_dtype = dtype
-    encoding, condition = data.load_encoding(source), condition or data.usual_condition(source)
+    encoding, condition = data.load_encoding(source), data.choose_condition(condition, source)
+    print(f"{init_from or out_dir}, on {device}; condition: {condition or 'none'}")
     if interactive:
         print("A line is a prompt; Ctrl-D ends.")
         while True:

@@ -11,6 +11,7 @@ changes nothing but speed and memory. Ctrl-C finishes the step, saves, and ends.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -80,6 +81,19 @@ settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
 
+stop_asked = False
+
+
+def ask_to_stop(signum, frame):
+    """Ctrl-C or SIGTERM: stop after the next step. A second one does so at once."""
+    global stop_asked
+    stop_asked = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGINT, ask_to_stop)
+signal.signal(signal.SIGTERM, ask_to_stop)
+
 # devices and ranks
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 master = rank == 0
@@ -115,20 +129,41 @@ def val_batches():
     return data.Loader(data_dir, "val", batch_size, block_size, 0, rank, world_size, epochs=1)
 
 
+def check_settings():
+    """Raise ValueError, in one sentence, for a setting that would fail later."""
+    at_least_1 = ("max_iters", "batch_size", "micro_batch_size", "block_size", "log_interval")
+    at_least_0 = ("epochs", "learning_rate", "weight_decay", "warmup_iters", "seed")
+    at_least_0 += ("eval_interval", "eval_iters", "checkpoint_interval")
+    shares = ("decay", "bp_warmup", "beta1", "beta2", "ema")
+    for keys, low, high in (at_least_1, 1, math.inf), (at_least_0, 0, math.inf), (shares, 0, 1):
+        for key in keys:
+            if not low <= settings[key] <= high:
+                raise ValueError(f"{key} must be at least {low}{' and at most 1' * (high == 1)}, not {settings[key]}")
+    if attention not in ("auto", "flex", "sdpa") or (attention == "flex" and not on_cuda):
+        raise ValueError(f"attention must be auto, sdpa, or on cuda flex, not {attention}")
+    if not out_dir or not dataset or not init_from or out.is_file():
+        raise ValueError("out_dir, dataset and init_from must be names, and out_dir that of a directory")
+    if wandb_log:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ValueError("wandb_log needs the package wandb: pip install wandb") from None
+
+
 try:
+    check_settings()
     resumed = load_checkpoint(out) if init_from == "resume" else None
     meta = data.read_meta(data_dir)
     state = resumed["loader"] if resumed else None
     loader = data.Loader(data_dir, "train", batch_size, block_size, seed, rank, world_size, state=state)
     if loader.left_out:
         say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size and left out")
+        say(f"  (data.py --block_size={block_size} would truncate them)")
     has_val = meta["splits"]["val"]["documents"] > 0
     if has_val:
         val_batches()
-    if min(batch_size, micro_batch_size, log_interval) < 1:
-        raise ValueError("batch_size, micro_batch_size and log_interval must be at least 1")
-    if attention not in ("auto", "flex", "sdpa"):
-        raise ValueError(f"attention must be auto, flex or sdpa, not {attention}")
+    else:
+        say(f"{data_dir} has no validation documents, so there will be no validation loss")
     if epochs:
         max_iters = max(1, round(epochs * int(loader.lengths[loader.fitting].sum()) / (batch_size * block_size)))
 
@@ -136,14 +171,14 @@ try:
     torch.manual_seed(seed)
     if init_from in ("scratch", "resume"):
         shape = {f.name: settings[f.name] for f in fields(HRMConfig) if f.name in settings}
-        if resumed:
-            there = {k: resumed["settings"][k] for k in shape}
-            differs = ", ".join(f"{k} {v}" for k, v in there.items() if shape[k] != v)
+        if resumed and resumed["origin"] == "scratch":
+            differs = ", ".join(f"{k} {resumed['config'][k]}" for k in shape if shape[k] != resumed["config"][k])
             if differs:
-                raise ValueError(f"{out / 'ckpt.pt'} holds another model than the settings ask for: there, {differs}")
+                raise ValueError(f"{out / 'ckpt.pt'} holds another model than these settings ask for: there, {differs}")
         model = HRM(HRMConfig(**resumed["config"]) if resumed else HRMConfig(vocab_size=meta["vocab_size"], **shape))
     else:
         model = HRM.from_pretrained(init_from)
+        say(f"fine-tuning {init_from}, whose shape overrides the settings: {model.config}")
     config = model.config
     source = out if resumed else init_from
     if init_from != "scratch":
@@ -175,7 +210,10 @@ if resumed:
     for p, state in optimizer.state.items() if ema else ():
         state.setdefault("ema", p.detach().clone())
     iteration, tokens = resumed["iter"], resumed["tokens"]
-    del resumed
+    changed = {k: v for k, v in settings.items() if resumed["settings"].get(k) != v and k != "init_from"}
+    say(f"resuming {out} at step {iteration}" + (f", with other settings than before: {changed}" if changed else ""))
+origin = resumed["origin"] if resumed else init_from
+del resumed
 if compile:
     try:  # a machine without a C++ compiler or Triton still trains
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
@@ -266,6 +304,7 @@ def save_checkpoint():
         "optimizer": optimizer.state_dict(),
         "config": asdict(config),
         "settings": settings,
+        "origin": origin,  # "scratch", or what was fine-tuned
         "iter": iteration,
         "tokens": tokens,
         "loader": loader.state,
@@ -285,15 +324,6 @@ def log(**entry):
 # ----------------------------------------------------------------------------------------------------
 # the loop
 
-stop_asked = False
-
-
-def ask_to_stop(signum, frame):
-    """Ctrl-C or SIGTERM: stop after a step. A second one does so at once."""
-    global stop_asked
-    stop_asked = True
-    signal.signal(signum, signal.SIG_DFL)
-
 
 def all_agree_to_stop():
     """Whether any rank was told to stop, so that all do after the same step."""
@@ -302,9 +332,6 @@ def all_agree_to_stop():
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=cpu_group)
     return bool(asked)
 
-
-signal.signal(signal.SIGINT, ask_to_stop)
-signal.signal(signal.SIGTERM, ask_to_stop)
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
 device_name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
@@ -322,10 +349,8 @@ if master:
     log_file = open(log_path, "w", encoding="utf-8")  # without what a killed run logged after its last checkpoint
     log_file.writelines(line for line in logged if line.endswith("\n") and json.loads(line)["iter"] <= iteration)
     if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            sys.exit("train.py: wandb_log needs the package wandb: pip install wandb")
+        import wandb
+
         wandb.init(project=wandb_project, name=wandb_run_name or None, config=settings)
 n_params = sum(p.numel() for p in model.parameters())
 blocks = "compiled" if model.compile_blocks else "not compiled"

@@ -1,5 +1,5 @@
 """
-Fine-tuning on GSM8K with the published preset, from averaged or published weights, on data of the model's own tokenizer.
+Fine-tuning on GSM8K with the published preset, from published weights or a run's, with the model's own tokenizer.
 
     python data.py config/gsm8k.py --tokenizer=sapientinc/HRM-Text-1B --dataset=gsm8k-hrm1b --block_size=4096
     python train.py config/finetune_gsm8k.py --init_from=sapientinc/HRM-Text-1B

@@ -184,7 +184,12 @@ def test_a_new_run_moves_the_old_one_aside(workplace):
         ("train.py", ["--dtype=float16"], "dtype must be"),
         ("train.py", ["--device=gpu"], "device gpu is not available"),
         ("train.py", ["--attention=fast"], "attention must be"),
-        ("train.py", ["--log_interval=0"], "at least 1"),
+        ("train.py", ["--log_interval=0"], "log_interval must be at least 1"),
+        ("train.py", ["--ema=1.5"], "ema must be at least 0 and at most 1"),
+        ("train.py", ["--eval_iters=-1"], "eval_iters must be at least 0"),
+        ("train.py", ["--out_dir="], "must be names"),
+        ("data.py", ["--condition=drect"], "unknown condition 'drect'"),
+        ("data.py", ["--source=data"], "named after the split 'train'"),
         ("train.py", ["--block_size=8"], "no document of the train split fits"),
         ("data.py", ["--source=nowhere.jsonl"], "there is no file nowhere.jsonl"),
         ("sample.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
@@ -202,7 +207,7 @@ def test_another_tokenizer_or_other_data_are_refused(workplace):
     (workplace / "rows.jsonl").write_text(rows)
     run(workplace, "data.py", "--dataset=other", "--source=rows.jsonl")
     done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=resume", ok=False)
-    assert "is not the data of the run" in done.stderr and "Traceback" not in done.stderr
+    assert "gives another plan than the run had" in done.stderr and "Traceback" not in done.stderr
     meta = workplace / "data" / "other" / "meta.json"
     meta.write_text(meta.read_text().replace("<|im_end|>", "<|end|>"))
     done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=out", "--out_dir=tuned", ok=False)
