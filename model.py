@@ -568,7 +568,7 @@ def local_directory(name, *patterns):
     if Path(name).is_dir():
         return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/")):
-        raise FileNotFoundError(f"there is no directory {name}")
+        raise FileNotFoundError(f"there is no directory {name} with a model")
     try:
         from huggingface_hub import snapshot_download
 

@@ -178,7 +178,7 @@ def test_a_new_run_moves_the_old_one_aside(workplace):
     [
         ("train.py", ["--dataset=nowhere"], "there is no data/nowhere/meta.json"),
         ("train.py", ["--init_from=resume"], "there is no checkpoint out/ckpt.pt"),
-        ("train.py", ["--init_from=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
+        ("train.py", ["--init_from=nowhere"], "there is no directory nowhere"),
         ("train.py", ["--n_layer=3"], "n_layer (3) must be even"),
         ("train.py", ["--bp_max=9"], "bp_min and bp_max"),
         ("train.py", ["--dtype=float16"], "dtype must be"),
@@ -192,8 +192,8 @@ def test_a_new_run_moves_the_old_one_aside(workplace):
         ("data.py", ["--source=data"], "named after the split 'train'"),
         ("train.py", ["--block_size=8"], "no document of the train split fits"),
         ("data.py", ["--source=nowhere.jsonl"], "there is no file nowhere.jsonl"),
-        ("sample.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
-        ("eval.py", ["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
+        ("sample.py", ["--out_dir=nowhere"], "there is no directory nowhere"),
+        ("eval.py", ["--out_dir=nowhere"], "there is no directory nowhere"),
     ],
 )
 def test_what_cannot_work_ends_with_a_sentence(workplace, script, args, sentence):
