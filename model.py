@@ -623,7 +623,7 @@ def pick(logits, temperature, top_k, top_p, generator):
     logits = logits / temperature
     if top_k:
         logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-    if top_p:
+    if top_p and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         ordered[p.cumsum(-1) - p >= top_p] = -math.inf  # what comes before already has top_p; the first always stays
