@@ -407,7 +407,7 @@ def read_rows(source, config="", split="train"):
         else:
             rows = datasets.load_dataset(source, None if path.exists() else config or None, split=split)
     except Exception as e:
-        reason = " ".join(str(e).split())[:300]
+        reason = str(e).strip().partition("\n")[0][:300]
         raise ValueError(f"cannot load the dataset {source}, split {split}: {type(e).__name__}: {reason}") from None
     for number, row in enumerate(rows):
         yield f"{source} {split}, row {number}", row

@@ -576,7 +576,7 @@ def local_directory(name, *patterns):
     except ImportError:
         raise ValueError(f"to download {name}, pip install huggingface_hub") from None
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
+        reason = str(e).strip().partition("\n")[0][:200]
         raise ValueError(
             f"{name} is no directory and cannot be had from the hub: {type(e).__name__}: {reason}"
         ) from None
