@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import IGNORE, local_directory
+from model import HRM, IGNORE, local_directory, read_json
 
 # ----------------------------------------------------------------------------------------------------
 # tokenizers: tiktoken Encodings with seven special tokens
@@ -129,7 +129,9 @@ def load_encoding(directory):
     The Encoding of a dataset or a training run (meta.json and tokenizer.tiktoken), or of a model in the Hugging Face
     layout (tokenizer.json).
     """
-    if not Path(directory, "meta.json").exists() and Path(directory, "tokenizer.json").exists():
+    if not Path(directory, "meta.json").exists():
+        if not Path(directory, "tokenizer.json").exists():
+            raise FileNotFoundError(f"{directory} has neither meta.json nor tokenizer.json")
         return encoding_from_hf(Path(directory, "tokenizer.json"))
     meta = read_meta(directory)["tokenizer"]
     ranks = read_ranks(Path(directory, "tokenizer.tiktoken"))
@@ -138,17 +140,12 @@ def load_encoding(directory):
 
 def same_tokenizer(a, b):
     """Whether two Encodings are made alike, and so give the same ids for every text."""
-    return all(getattr(a, key) == getattr(b, key) for key in ("_mergeable_ranks", "_special_tokens", "_pat_str"))
+    parts = [(e._mergeable_ranks, e._special_tokens, portable(e._pat_str)) for e in (a, b)]
+    return parts[0] == parts[1]
 
 
 def read_meta(directory):
-    path = Path(directory, "meta.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged: {e}") from None
+    return read_json(Path(directory, "meta.json"))
 
 
 def choose_condition(condition, directory):
@@ -165,7 +162,7 @@ def usual_condition(directory):
         counts = read_meta(directory)["splits"]["train"]["conditions"]
         return max(counts, key=counts.get)
     path = Path(directory, "tokenizer_config.json")
-    return json.loads(path.read_text(encoding="utf-8")).get("condition", "synth,cot") if path.exists() else "synth,cot"
+    return read_json(path).get("condition", "synth,cot") if path.exists() else "synth,cot"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -181,42 +178,76 @@ def byte_alphabet():
     return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(hidden)}
 
 
+POSSESSIVE = r"(\\p\{\w+\}|\\.|\[[^\]]*\]|[^\\])(\{\d+(?:,\d*)?\})\+"  # as x{1,3}+ is in tiktoken
+
+
 def encoding_from_hf(path):
     """
-    An Encoding that gives the same ids as a tokenizer.json, if that is a byte-level BPE whose ids rise in the order of
-    its merges and that does nothing else to a text. Raises ValueError that names what stands in the way.
+    An Encoding that gives the same ids as a tokenizer.json. Raises ValueError, which names what stands in the way,
+    unless that is a byte-level BPE which does nothing else to a text and makes the merges that tiktoken would make.
     """
     try:
-        file = json.loads(Path(path).read_text(encoding="utf-8"))
-        model, steps = file["model"], file.get("pre_tokenizer") or {}
-        vocab, merges = model["vocab"], model["merges"]
-    except (ValueError, KeyError, TypeError) as e:
+        return build_encoding(Path(path).parent.name, *hf_parts(read_json(path)))
+    except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no tokenizer of byte-level BPE: {type(e).__name__} {e}") from None
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
-        raise ValueError(f"{path}: only byte-level BPE is supported")
+    except ValueError as e:
+        raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+
+
+def hf_parts(file):
+    """(ranks, pat_str, special tokens) of a tokenizer.json's content; raises as encoding_from_hf() says."""
+    model, steps = file["model"], file.get("pre_tokenizer") or {}
+    not_bpe = model.get("type", "BPE") != "BPE" or model.get("byte_fallback")
+    if not_bpe or any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")):
+        raise ValueError("only byte-level BPE is supported, without prefix, suffix or dropout")
     if file.get("normalizer"):
-        raise ValueError(f"{path}: a normalizer ({file['normalizer'].get('type')}) is not supported")
-    *splits, last = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+        raise ValueError(f"a normalizer ({file['normalizer'].get('type')}) is not supported")
+    *splits, last = (steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]) or [{}]
     uses_regex = last.get("use_regex", True)
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(splits) + uses_regex != 1:
-        raise ValueError(f"{path}: text must be split by ByteLevel, or by one Split and then ByteLevel without regex")
+        raise ValueError("text must be split by ByteLevel, or by one Split and then ByteLevel without regex")
     pat_str = GPT2_SPLIT
     if splits:
         pat_str = splits[0].get("pattern", {}).get("Regex")
         if splits[0].get("behavior") != "Isolated" or splits[0].get("invert") or not pat_str:
-            raise ValueError(f"{path}: the text must be split by a regex, Isolated and not inverted")
-    special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+            raise ValueError("the text must be split by a regex, Isolated and not inverted")
+        if re.search(POSSESSIVE, pat_str):
+            raise ValueError(f"the regex {pat_str} means another thing to tiktoken: it has a repetition followed by +")
+    added = file.get("added_tokens") or []
+    if any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word")):
+        raise ValueError("added tokens with lstrip, rstrip or single_word are not supported")
+    special = {token["content"]: token["id"] for token in added}
     to_byte = {character: b for b, character in byte_alphabet().items()}
-    try:
-        ranks = {bytes(to_byte[c] for c in text): i for text, i in vocab.items() if text not in special}
-        made = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in merges]
-    except KeyError as e:
-        raise ValueError(f"{path}: {e} is not in the vocabulary or not in the byte-level alphabet") from None
-    if made != sorted(made):
-        raise ValueError(f"{path}: the ids do not rise in the order of the merges, which tiktoken needs")
-    if sum(len(token) == 1 for token in ranks) < 256:
-        raise ValueError(f"{path}: some bytes have no token")
-    return build_encoding(Path(path).parent.name, ranks, pat_str, special)
+    ranks = {bytes(to_byte[c] for c in text): i for text, i in model["vocab"].items() if text not in special}
+    if len({*ranks.values(), *special.values()}) < len(ranks) + len(added) or sum(len(t) == 1 for t in ranks) < 256:
+        raise ValueError("two tokens have the same id, or some bytes have no token")
+    merges = {}  # token: the pairs that make it
+    for pair in model["merges"]:
+        a, b = (bytes(to_byte[c] for c in half) for half in (pair.split(" ") if isinstance(pair, str) else pair))
+        merges.setdefault(a + b, set()).add((a, b))
+    if [ranks[token] for token in merges] != sorted(ranks[token] for token in merges):
+        raise ValueError("the ids do not rise in the order of the merges, which tiktoken needs")
+    for token in ranks:
+        if len(token) > 1 and last_merge(token, ranks) not in merges.get(token, ()):
+            raise ValueError(f"its merges do not make the token {token!r} as tiktoken would")
+    return ranks, pat_str, special
+
+
+def last_merge(token, ranks):
+    """The two parts that tiktoken merges into a token last, or more parts if it cannot make it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks) + 10**9) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        if pairs[i] >= ranks[token]:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+def portable(pat_str):
+    """A regex of tiktoken's as others read it too: possessive repetitions written as atomic groups."""
+    return re.sub(POSSESSIVE, r"(?>\1\2)", pat_str)
 
 
 def encoding_to_hf(encoding):
@@ -228,7 +259,12 @@ def encoding_to_hf(encoding):
     merges = [[text[a], text[b]] for a, b in cuts if a in ranks and b in ranks]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": portable(encoding._pat_str)},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     prefix = {"Sequence": {"id": "A", "type_id": 1}}  # token_type_ids 1 mark the prefix, which is what a user encodes
     template = {"type": "TemplateProcessing", "single": [prefix], "pair": [prefix, prefix], "special_tokens": {}}
@@ -257,6 +293,7 @@ def chat_template(condition):
         "{{- raise_exception('this model answers a single user message') -}}{%- endif -%}"
         f"{{{{- '{SPECIAL['boq']}' -}}}}"
         f"{{%- for tag in (condition if condition is defined else '{condition}').split(',') if tag.strip() -%}}"
+        "{%- if tag.strip() not in tags -%}{{- raise_exception('unknown condition ' + tag) -}}{%- endif -%}"
         "{{- tags[tag.strip()] -}}{%- endfor -%}"
         f"{{{{- messages[0]['content'] + '{SPECIAL['eoq']}' -}}}}"
     )
@@ -275,6 +312,7 @@ def save_hf_tokenizer(encoding, directory, condition="", block_size=4096):
         "clean_up_tokenization_spaces": False,
         "chat_template": chat_template(condition),
     }
+    Path(directory, "chat_template.jinja").unlink(missing_ok=True)  # one of another model would be preferred
     for name, content in ("tokenizer.json", encoding_to_hf(encoding)), ("tokenizer_config.json", config):
         Path(directory, name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -306,6 +344,16 @@ def make_prefix(encoding, condition, instruction_ids):
 def encode_prompt(encoding, instruction, condition=""):
     """Text -> ids of a prefix. Text that spells a special token is plain text here, never control."""
     return make_prefix(encoding, condition, encoding.encode_ordinary(instruction))
+
+
+def load_for_inference(source, average, device, dtype):
+    """A model of a directory or hub id, ready to generate in a torch dtype, and its Encoding."""
+    source = local_directory(source)
+    model, encoding = HRM.from_pretrained(source, average).to(device, dtype).eval(), load_encoding(source)
+    if encoding.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has {encoding.n_vocab} ids and the model {model.config.vocab_size}")
+    model.compute_dtype, model.usable_ids = dtype, encoding.n_vocab
+    return model, encoding
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from configurator import configure
-from model import HRM, choose_device, local_directory
+from model import choose_device, local_directory
 
 # ----------------------------------------------------------------------------------------------------
 # settings
@@ -125,9 +125,8 @@ def evaluate(name, rows, most_new, model, encoding, condition):
 try:
     device, dtype = choose_device(device, dtype)
     source = local_directory(init_from) if init_from else Path(out_dir)
-    model = HRM.from_pretrained(source, average).to(device, dtype).eval()
-    model.compute_dtype = dtype
-    encoding, condition = data.load_encoding(source), data.choose_condition(condition, source)
+    model, encoding = data.load_for_inference(source, average, device, dtype)
+    condition = data.choose_condition(condition, source)
     made = data.read_meta(source)["made"] if (source / "meta.json").exists() else {}
     tasks = tasks or {"problems": "problems", "openai/gsm8k": "gsm8k"}.get(made.get("source"), "")
     names = [name.strip() for name in tasks.split(",")]

@@ -247,6 +247,9 @@ class HRM(nn.Module):
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.compute_dtype = torch.float32  # of activations and matmuls; weights are stored in their own
         self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa
+        self.usable_ids = (
+            None  # if set, generation yields lower ids only: a vocabulary may be larger than its tokenizer
+        )
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
 
@@ -374,21 +377,22 @@ class HRM(nn.Module):
             model = cls(HRMConfig(**ckpt["config"]))
             model.load_state_dict({**ckpt["model"], **(ckpt["ema"] if average else {})})
             return model
+        if not (directory / "config.json").exists():
+            raise FileNotFoundError(f"{directory} has neither ckpt.pt nor config.json")
         with torch.device("meta"):
             model = cls(read_hf_config(directory / "config.json"))
         tensors, state = read_safetensors(directory), {}
         for ours, want in model.state_dict().items():
             names = [hf_name(ours)]
-            if names[0] not in tensors:  # the layout with separate projections
+            if names[0] not in tensors and not tensors.keys().isdisjoint(hf_split_names(ours)):
                 names = hf_split_names(ours)
-            missing = [n for n in names if n not in tensors]
-            if missing:
-                raise ValueError(f"{directory} lacks the tensor {hf_name(ours)}")
-            state[ours] = torch.cat([tensors.pop(n) for n in names]).float()
-            if state[ours].shape != want.shape:
-                raise ValueError(
-                    f"{directory}: {names[0]} has shape {tuple(state[ours].shape)}, not {tuple(want.shape)}"
-                )
+            shape = (want.size(0) // len(names), *want.shape[1:])
+            for name in names:
+                if name not in tensors:
+                    raise ValueError(f"{directory} lacks the tensor {name}")
+                if tensors[name].shape != shape:
+                    raise ValueError(f"{directory}: {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+            state[ours] = torch.cat([tensors.pop(name) for name in names]).float()
         if tensors:
             raise ValueError(f"{directory} has a tensor that is not of this model: {min(tensors)}")
         model.load_state_dict(state, assign=True)
@@ -450,7 +454,7 @@ class HRM(nn.Module):
             h = self.hidden(idx, pos, mask, caches=[KVCache(k, v, pos) for k, v in keys_values])
             if i == 0:
                 h = h.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, h.size(-1)))
-            new = pick(self.logits(h[:, -1]), temperature, top_k, top_p, generator)
+            new = pick(self.logits(h[:, -1])[:, : self.usable_ids], temperature, top_k, top_p, generator)
             ids = new.tolist()
             alive = [a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, sizes)]
             yield [t if a else None for a, t in zip(alive, ids)]
@@ -493,48 +497,66 @@ HF_FIXED = {"model_type": "hrm_text", "hidden_act": "silu", "tie_word_embeddings
 HF_FIXED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "rope_scaling": None}
 
 
-def read_hf_config(path):
-    """config.json -> HRMConfig. Raises ValueError that names any setting which this model does not have."""
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError that names the file."""
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} has neither ckpt.pt nor config.json") from None
+        raise FileNotFoundError(f"there is no {path}") from None
     except ValueError as e:
         raise ValueError(f"{path} is damaged: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def read_hf_config(path):
+    """config.json -> HRMConfig. Raises ValueError that names any setting which this model does not have."""
+    hf = {key: value for key, value in read_json(path).items() if value is not None}
     if hf.get("model_type") != "hrm_text":
         raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, not 'hrm_text'")
-    rope = hf.pop("rope_parameters", None) or {}
-    hf.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    hf["rope_scaling"] = hf.get("rope_scaling") or (None if rope.get("rope_type", "default") == "default" else rope)
-    fixed = {**HF_FIXED, "num_key_value_heads": hf.get("num_attention_heads")}
-    for key, only in fixed.items():
-        if hf.get(key, only) not in (only, None):
+    rope = hf.get("rope_parameters", {})
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        hf["rope_scaling"] = rope
+    theirs = {"head_dim": 128, "prefix_lm": True, "H_cycles": 2, "L_cycles": 3, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    hf = {**theirs, **hf, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
+    for key, only in {**HF_FIXED, "num_key_value_heads": hf.get("num_attention_heads")}.items():
+        if hf.get(key, only) != only:
             raise ValueError(f"{path}: {key} = {hf[key]!r} is not supported, only {only!r}")
-    if hf.get("embedding_scale") is None:
-        hf["embedding_scale"] = 1 / hf.get("initializer_range", 0.02)
-    known = {"head_dim": 128, "prefix_lm": True, "H_cycles": 2, "L_cycles": 3, "rms_norm_eps": 1e-6}  # their defaults
-    hf = {**known, **hf}
-    per_stack = hf.get("num_layers_per_stack") or hf.get(
-        "num_hidden_layers"
-    )  # transformers puts another number in the latter
-    missing = [key for key in HF_CONFIG if key not in hf] + (["num_hidden_layers"] if not per_stack else [])
-    if missing:
-        raise ValueError(f"{path} lacks {missing[0]}")
-    return HRMConfig(n_layer=2 * per_stack, **{ours: hf[theirs] for theirs, ours in HF_CONFIG.items()})
+    per_stack = "num_layers_per_stack" if "num_layers_per_stack" in hf else "num_hidden_layers"  # see save_pretrained
+    if "embedding_scale" not in hf:
+        hf["embedding_scale"] = 1 / checked_number(path, {"initializer_range": 0.02, **hf}, "initializer_range", float)
+    kinds = {"rms_norm_eps": float, "rope_theta": float, "embedding_scale": float, "prefix_lm": bool}
+    values = {ours: checked_number(path, hf, key, kinds.get(key, int)) for key, ours in HF_CONFIG.items()}
+    return HRMConfig(n_layer=2 * checked_number(path, hf, per_stack, int), **values)
+
+
+def checked_number(path, hf, key, kind):
+    """hf[key], if it is a bool or a number above 0 of the kind asked for."""
+    if key not in hf:
+        raise ValueError(f"{path} lacks {key}")
+    value = float(hf[key]) if kind is float and type(hf[key]) is int else hf[key]
+    if type(value) is not kind or (kind is not bool and not value > 0):
+        raise ValueError(f"{path}: {key} = {hf[key]!r} is no {'true or false' if kind is bool else 'number that fits'}")
+    return value
 
 
 def read_safetensors(directory):
-    """{name: tensor} of model.safetensors, or of the files that model.safetensors.index.json lists."""
+    """{name: tensor} of model.safetensors, or else of the files that model.safetensors.index.json lists."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    files = ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if index.exists() and not (directory / files[0]).exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index} is damaged: it has no weight_map of files")
+        files = sorted(set(weight_map.values()))
     tensors = {}
-    for file in sorted(files):
-        if Path(file).name != file:
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index} names a file outside its directory: {file}")
         if not (directory / file).exists():
             raise FileNotFoundError(f"there is no {directory / file}")

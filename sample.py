@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 from configurator import configure
-from model import HRM, choose_device, local_directory
+from model import choose_device, local_directory
 
 # ----------------------------------------------------------------------------------------------------
 # settings
@@ -64,9 +64,8 @@ try:
             raise ValueError(f"{file.removeprefix('FILE:')} is empty")
     device, dtype = choose_device(device, dtype)
     source = local_directory(init_from) if init_from else out_dir
-    model = HRM.from_pretrained(source, average).to(device, dtype).eval()
-    model.compute_dtype = dtype
-    encoding, condition = data.load_encoding(source), data.choose_condition(condition, source)
+    model, encoding = data.load_for_inference(source, average, device, dtype)
+    condition = data.choose_condition(condition, source)
     print(f"{init_from or out_dir}, on {device}; condition: {condition or 'none'}")
     if interactive:
         print("A line is a prompt; Ctrl-D ends.")

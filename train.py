@@ -183,10 +183,13 @@ try:
     source = out if resumed else init_from
     if init_from != "scratch":
         encodings = data.load_encoding(local_directory(source)), data.load_encoding(data_dir)
-        if not data.same_tokenizer(*encodings) or config.vocab_size < meta["vocab_size"]:
+        if not data.same_tokenizer(*encodings):
+            names = [f"{place} ({e.name}, {e.n_vocab} ids)" for place, e in zip((source, data_dir), encodings)]
             raise ValueError(
-                f"{source} and {data_dir} have different tokenizers; data.py --tokenizer={source} mends that"
+                f"{' and '.join(names)} have different tokenizers; data.py --tokenizer={source} mends that"
             )
+        if config.vocab_size < meta["vocab_size"]:
+            raise ValueError(f"{source} has {config.vocab_size} embeddings, and its tokenizer {meta['vocab_size']} ids")
     if config.block_size < block_size:
         raise ValueError(f"{source} has a context of {config.block_size} tokens, and block_size is {block_size}")
     if not 2 <= bp_min <= bp_max <= config.n_steps:

@@ -131,8 +131,9 @@ def test_the_published_form_of_the_config(tmp_path):
     config = json.loads(path.read_text())
     assert config["num_hidden_layers"] == 2 and config["rope_theta"] == 10000.0 and "num_layers_per_stack" not in config
     del config["embedding_scale"]
-    path.write_text(json.dumps(config))
-    assert HRM.from_pretrained(tmp_path).config.embed_scale == pytest.approx(8.0)
+    path.write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 500.0}, "H_cycles": None}))
+    again = HRM.from_pretrained(tmp_path).config
+    assert again.embed_scale == pytest.approx(8.0) and again.rope_theta == 500.0 and again.H_cycles == 2
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,12 @@ def test_the_published_form_of_the_config(tmp_path):
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"vocab_size": None}, "lacks vocab_size"),
+        ({"vocab_size": "300"}, "vocab_size = '300' is no number"),
+        ({"H_cycles": 2.0}, "H_cycles = 2.0 is no number"),
+        ({"rope_theta": 0}, "rope_theta = 0 is no number"),
+        ({"prefix_lm": "false"}, "prefix_lm = 'false' is no true or false"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": 3}, "rope_scaling"),
         ({"vocab_size": 301}, "embed_tokens.weight has shape"),
         ({"num_hidden_layers": 3}, "lacks the tensor model.H_module.layers.2"),
         ({"num_hidden_layers": 1}, "not of this model: model.H_module.layers.1"),
@@ -167,8 +174,18 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         HRM.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
-    with pytest.raises(ValueError, match="outside its directory"):
+    weights.unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    for content in "[]", "{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}':
+        index.write_text(content)
+        with pytest.raises(ValueError, match="index.json is damaged"):
+            HRM.from_pretrained(tmp_path)
+    for file in "../x.safetensors", "..", "", "/x.safetensors":
+        index.write_text(json.dumps({"weight_map": {"a": file}}))
+        with pytest.raises(ValueError, match="outside its directory"):
+            HRM.from_pretrained(tmp_path)
+    index.write_text('{"weight_map": {"a": "x.safetensors"}}')
+    with pytest.raises(OSError, match="there is no .*x.safetensors"):
         HRM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be had from the hub"):
         HRM.from_pretrained("nobody/nothing")
@@ -242,6 +259,11 @@ def test_their_tokenizers_in_our_format(tmp_path, split):
         ({"pre_tokenizer": {"type": "Metaspace"}}, "must be split by"),
         ({"model": {"type": "Unigram", "vocab": {}, "merges": []}}, "only byte-level BPE"),
         ({"model": 3}, "no tokenizer of byte-level BPE"),
+        ({"model": {"type": "BPE", "vocab": None, "merges": []}}, "no tokenizer of byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "must be split by"),
+        ({"added_tokens": [{"id": 256, "content": "<x>", "lstrip": True}]}, "lstrip"),
+        ({"added_tokens": [{"id": 7, "content": "<x>"}]}, "same id"),
+        ({"added_tokens": [{"content": "<x>"}]}, "no tokenizer of byte-level BPE"),
     ],
 )
 def test_other_tokenizers_are_refused(tmp_path, change, sentence):
@@ -249,6 +271,55 @@ def test_other_tokenizers_are_refused(tmp_path, change, sentence):
     (tmp_path / "tokenizer.json").write_text(json.dumps({**file, **change}))
     with pytest.raises(ValueError, match=sentence):
         data.load_encoding(tmp_path)
+
+
+def hand_made(merges, extra=()):
+    """A tokenizer.json of the bytes, then the tokens that merges make, then extra ones without a merge."""
+    file = data.encoding_to_hf(data.make_encoding("bytes"))
+    file["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    for i, token in enumerate([a + b for a, b in merges] + list(extra)):
+        file["model"]["vocab"][token] = 300 + i
+    file["model"].update(merges=[list(pair) for pair in merges], ignore_merges=False)
+    return file
+
+
+@pytest.mark.parametrize(
+    "merges, extra",
+    [([("b", "c"), ("a", "b"), ("ab", "c")], ()), ([], ["hello"]), ([("a", "b")], ["abab"])],
+)
+def test_merges_that_tiktoken_would_make_otherwise_are_refused(tmp_path, merges, extra):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(hand_made(merges, extra)))
+    with pytest.raises(ValueError, match="do not make the token"):
+        data.load_encoding(tmp_path)
+    path.write_text(json.dumps(hand_made([("a", "b"), ("ab", "c"), ("abc", "ab")])))
+    tokenizer, encoding = tokenizers.Tokenizer.from_file(str(path)), data.load_encoding(tmp_path)
+    for text in "abc", "abcab", "aabcabcab", "bcabab":
+        assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
+
+
+def test_possessive_repetitions_survive_the_export(tmp_path):
+    """As in cl100k_base, whose \\p{N}{1,3}+ other regex engines read as a repetition of groups."""
+    ranks = {**{bytes([i]): i for i in range(256)}, b"12": 256, b"34": 257, b"123": 258, b"1234": 259, b"456": 260}
+    encoding = data.build_encoding("numbers", ranks, r"\p{N}{1,3}+| ?\p{L}++|[^\p{N}\p{L}]")
+    data.save_hf_tokenizer(encoding, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in "1234", "12345678", "½²34 abc 1", "99999":
+        assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
+    assert data.portable(encoding._pat_str) == r"(?>\p{N}{1,3})| ?\p{L}++|[^\p{N}\p{L}]"
+
+
+def test_a_vocabulary_larger_than_its_tokenizer(tmp_path):
+    """Padded embeddings never come out as ids; a tokenizer with more ids than the model has is refused."""
+    encoding = data.make_encoding("bytes")
+    for vocab_size in 300, 260:
+        random_model({**CONFIGS[0], "vocab_size": vocab_size}).save_pretrained(tmp_path / str(vocab_size))
+        data.save_hf_tokenizer(encoding, tmp_path / str(vocab_size))
+    model, _ = data.load_for_inference(tmp_path / "300", True, "cpu", torch.float32)
+    assert max(model.generate([[1, 2, 3]] * 50, 20, temperature=9.0, seed=0), key=max) and model.usable_ids == 263
+    assert max(max(ids) for ids in model.generate([[1, 2, 3]] * 50, 20, temperature=9.0, seed=0)) < 263
+    with pytest.raises(ValueError, match="the tokenizer has 263 ids and the model 260"):
+        data.load_for_inference(tmp_path / "260", True, "cpu", torch.float32)
 
 
 def test_the_chat_template_makes_our_prefix(tmp_path):

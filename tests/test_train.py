@@ -211,7 +211,7 @@ def test_another_tokenizer_or_other_data_are_refused(workplace):
     meta = workplace / "data" / "other" / "meta.json"
     meta.write_text(meta.read_text().replace("<|im_end|>", "<|end|>"))
     done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=out", "--out_dir=tuned", ok=False)
-    assert "out and data/other have different tokenizers" in done.stderr and "Traceback" not in done.stderr
+    assert "out (bytes, 263 ids) and data/other" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_damaged_checkpoint_ends_with_a_sentence(workplace):
