@@ -85,11 +85,13 @@ class HRMConfig:
 
 
 class PackedMask(NamedTuple):
-    """Rows of documents as a padded batch of D documents by L positions, for scaled_dot_product_attention."""
+    """Rows of documents as padded batches of documents of similar length, for scaled_dot_product_attention."""
 
-    token: torch.Tensor  # (D*L,) the token, in the flattened rows, that fills each slot
+    token: (
+        torch.Tensor
+    )  # (S,) the token, in the flattened rows, that fills each slot of the batches, one after the other
     slot: torch.Tensor  # (B*T,) the slot of each token
-    visible: torch.Tensor  # (D, 1, L, L) bool
+    visible: tuple  # per batch (D, 1, L, L) bool
 
 
 def may_see(query_pos, key_pos, key_in_prefix):
@@ -107,24 +109,30 @@ def document_positions(doc):
 def packed_mask(doc, prefix):
     """
     Mask of packed rows for SDPA. One dense (T, T) mask per row would spend most of its work on pairs from different
-    documents; here attention runs over a padded batch of documents instead. Padding (doc -1) is left out: it borrows
-    the output of slot 0, which reaches no loss.
+    documents; here attention runs over padded batches of documents, each of those between two powers of 2 in length.
+    Padding (doc -1) is left out: it borrows the output of slot 0, which reaches no loss.
     """
     first, pos = document_positions(doc)
-    real = doc.flatten() >= 0
-    number = (first.flatten() & real).cumsum(0) - 1
-    D = max(int(number[-1]) + 1, 1)
-    L = max(int((pos.flatten() * real).max()) + 1, 1)
-    slot = (number * L + pos.flatten()) * real
-    token = slot.new_zeros(D * L)
+    pos, real = pos.flatten(), doc.flatten() >= 0
+    number = (first.flatten() & real).cumsum(0) - 1  # of the token's document
+    lengths = torch.bincount(number[real]) if real.any() else torch.ones_like(number[:1])
+    size_class = lengths.clamp(min=32).log2().ceil()
+    start, slots, batches = torch.zeros_like(lengths), 0, []
+    for members in (size_class == c for c in size_class.unique()):
+        D, L = int(members.sum()), int(lengths[members].max())
+        start[members] = slots + L * torch.arange(D, device=doc.device)
+        batches.append((slots, D, L, lengths[members]))
+        slots += D * L
+    slot = torch.where(real, start[number] + pos, 0)
+    token = torch.zeros(slots, dtype=torch.long, device=doc.device)
     token[slot[real]] = real.nonzero().squeeze(1)
-    filled = slot.new_zeros(D * L, dtype=torch.bool)
-    filled[slot[real]] = True
-    filled[0] = True  # a batch of nothing but padding still needs one key, or softmax has none
-    place = torch.arange(L, device=doc.device)
-    in_prefix = prefix.flatten()[token].view(D, 1, L)
-    visible = may_see(place[:, None], place, in_prefix) & filled.view(D, 1, L)
-    return PackedMask(token, slot, visible[:, None])
+    visible = []
+    for begin, D, L, length in batches:
+        place = torch.arange(L, device=doc.device)
+        in_prefix = prefix.flatten()[token[begin : begin + D * L]].view(D, 1, L)
+        inside = (place < length[:, None])[:, None]
+        visible.append((may_see(place[:, None], place, in_prefix) & inside)[:, None])
+    return PackedMask(token, slot, tuple(visible))
 
 
 def flex_mask(doc, prefix):
@@ -170,12 +178,14 @@ class KVCache(NamedTuple):
 
 
 def packed_attention(q, k, v, mask):
-    """SDPA over the documents of packed rows, as a padded batch of them."""
-    B, T, n_head, head_dim = q.shape
-    D, _, L, _ = mask.visible.shape
-    by_document = (t.flatten(0, 1).index_select(0, mask.token).view(D, L, n_head, head_dim) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in by_document), attn_mask=mask.visible)
-    return y.transpose(1, 2).reshape(D * L, -1).index_select(0, mask.slot).view(B, T, n_head, head_dim)
+    """SDPA over the documents of packed rows, as padded batches of them."""
+    shapes = [(visible.size(0), visible.size(-1), *q.shape[2:]) for visible in mask.visible]  # (D, L, n_head, head_dim)
+    slots = [t.flatten(0, 1).index_select(0, mask.token).split([D * L for D, L, *_ in shapes]) for t in (q, k, v)]
+    out = []
+    for shape, visible, *qkv in zip(shapes, mask.visible, *slots):
+        y = F.scaled_dot_product_attention(*(t.view(shape).transpose(1, 2) for t in qkv), attn_mask=visible)
+        out.append(y.transpose(1, 2).reshape(-1, *q.shape[2:]))
+    return torch.cat(out).index_select(0, mask.slot).view(q.shape)
 
 
 def attend(q, k, v, mask, kv):

@@ -159,13 +159,26 @@ def test_both_masks_state_the_same_rule():
     flex = flex_mask(doc, prefix)
     q, k = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     dense = flex.mask_mod(torch.zeros_like(q), torch.zeros_like(q), q, k)
-    mask = packed_mask(doc, prefix)
-    D, _, L, _ = mask.visible.shape
-    real = (doc[0] >= 0).nonzero().squeeze(1)
-    for i in real:
-        document, place = divmod(mask.slot[i].item(), L)
-        seen = mask.token.view(D, L)[document][mask.visible[document, 0, place]]
-        assert torch.equal(seen.sort().values, dense[i].nonzero().squeeze(1))
+    mask, seen, begin = packed_mask(doc, prefix), {}, 0
+    for visible in mask.visible:
+        D, _, L, _ = visible.shape
+        tokens = mask.token[begin : begin + D * L].view(D, L)
+        for document, place in torch.cartesian_prod(torch.arange(D), torch.arange(L)).tolist():
+            seen[begin + document * L + place] = tokens[document][visible[document, 0, place]]
+        begin += D * L
+    for i in (doc[0] >= 0).nonzero().squeeze(1):
+        assert torch.equal(seen[mask.slot[i].item()].sort().values, dense[i].nonzero().squeeze(1))
+
+
+def test_documents_of_all_lengths_share_a_row_at_little_cost():
+    """One long document among many short ones does not make all of them as long."""
+    docs = documents([(2, 3)] * 100 + [(150, 150)])
+    idx, _, doc, prefix = pack(docs, 800)
+    assert len(packed_mask(doc, prefix).token) <= 2 * 800
+    model = tiny_model(block_size=800)
+    logits, _ = model(idx, doc=doc, prefix=prefix)
+    for number in (0, 57, 100):
+        assert close(logits[0, doc[0] == number], plain_logits(model, docs[number][0][:-1], docs[number][1]))
 
 
 def test_flex_attention_gives_the_same_logits():
