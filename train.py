@@ -107,7 +107,8 @@ if device == "cuda":
 on_cuda = device.startswith("cuda")
 if world_size > 1:
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=10))
-    cpu_group = dist.new_group(backend="gloo")  # to agree on stopping without waiting for the device
+    # To agree on stopping without waiting for the device:
+    cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
 
 
 def say(*text):
@@ -398,6 +399,8 @@ save_checkpoint()
 memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
 say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {out / 'ckpt.pt'}{memory}")
 if world_size > 1:
+    dist.barrier()  # no rank tears its connections down while another still uses them
+    del cpu_group
     dist.destroy_process_group()
 if master and final_eval and not stopped:
     evaluation = [Path(__file__).with_name("eval.py"), f"--out_dir={out_dir}", f"--tasks={final_eval}"]
