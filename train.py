@@ -398,10 +398,20 @@ bar.close()
 save_checkpoint()
 memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
 say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {out / 'ckpt.pt'}{memory}")
+status = 0
+if master:
+    log_file.close()
+    if wandb_log:
+        wandb.finish()
 if world_size > 1:
-    dist.barrier()  # no rank tears its connections down while another still uses them
-    del cpu_group
-    dist.destroy_process_group()
+    dist.barrier()
+    if on_cuda:
+        dist.destroy_process_group()
 if master and final_eval and not stopped:
     evaluation = [Path(__file__).with_name("eval.py"), f"--out_dir={out_dir}", f"--tasks={final_eval}"]
-    sys.exit(subprocess.run([sys.executable, *evaluation]).returncode)
+    status = subprocess.run([sys.executable, *evaluation]).returncode
+sys.stdout.flush()
+sys.stderr.flush()
+if world_size > 1:
+    os._exit(status)  # gloo's threads now and then abort a process that winds down in the ordinary way (torch 2.13)
+sys.exit(status)
