@@ -87,9 +87,7 @@ class HRMConfig:
 class PackedMask(NamedTuple):
     """Rows of documents as padded batches of documents of similar length, for scaled_dot_product_attention."""
 
-    token: (
-        torch.Tensor
-    )  # (S,) the token, in the flattened rows, that fills each slot of the batches, one after the other
+    token: torch.Tensor  # (S,) the token, in the flattened rows, that fills each slot of all batches
     slot: torch.Tensor  # (B*T,) the slot of each token
     visible: tuple  # per batch (D, 1, L, L) bool
 
