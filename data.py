@@ -11,6 +11,7 @@ data/<dataset>/ holds, per split, <split>.bin (the ids of all documents back to 
 """
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import HRM, IGNORE, local_directory, read_json
+from model import HRM, IGNORE, blamed_on, check_kinds, local_directory, read_json, reason, replace_file
 
 # ----------------------------------------------------------------------------------------------------
 # tokenizers: tiktoken Encodings with seven special tokens
@@ -40,6 +41,7 @@ SPECIAL = {  # as in the published model
     "synth": "<|quad_end|>",
 }
 CONDITIONS = ("direct", "cot", "noisy", "synth")
+LONGEST = 2**24  # bytes of a line and characters of a text; what is longer is taken for an accident
 TRAIN_CHARACTERS = 10**9  # of a source that a BPE is trained on; more would change little and fill the memory
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words, single digits, punctuation, space: no merge crosses
 
@@ -120,7 +122,7 @@ def save_encoding(encoding, directory):
     """Write the ranks to directory/tokenizer.tiktoken; returns the rest, for meta.json."""
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-    Path(directory, "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    replace_file(Path(directory, "tokenizer.tiktoken"), b"".join(lines))
     return {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
 
 
@@ -133,9 +135,14 @@ def load_encoding(directory):
         if not Path(directory, "tokenizer.json").exists():
             raise FileNotFoundError(f"{directory} has neither meta.json nor tokenizer.json")
         return encoding_from_hf(Path(directory, "tokenizer.json"))
-    meta = read_meta(directory)["tokenizer"]
-    ranks = read_ranks(Path(directory, "tokenizer.tiktoken"))
-    return build_encoding(meta["name"], ranks, meta["pat_str"], meta["special_tokens"])
+    meta = read_meta(directory)
+    check_file(directory, "tokenizer.tiktoken", meta)
+    kind, ranks = meta["tokenizer"], read_ranks(Path(directory, "tokenizer.tiktoken"))
+    with blamed_on(Path(directory, "meta.json")):
+        encoding = build_encoding(kind["name"], ranks, kind["pat_str"], kind["special_tokens"])
+        if encoding.n_vocab != meta["vocab_size"]:
+            raise ValueError(f"vocab_size is {meta['vocab_size']}, and the tokenizer has {encoding.n_vocab} ids")
+    return encoding
 
 
 def same_tokenizer(a, b):
@@ -145,7 +152,48 @@ def same_tokenizer(a, b):
 
 
 def read_meta(directory):
-    return read_json(Path(directory, "meta.json"))
+    """The content of a dataset's or a run's meta.json. Raises FileNotFoundError, or ValueError if it is damaged."""
+    path = Path(directory, "meta.json")
+    meta = read_json(path)
+    with blamed_on(path):
+        check_kinds(meta, vocab_size=int, dtype=str, tokenizer=dict, splits=dict, made=dict, checksums=dict)
+        check_kinds(meta["tokenizer"], name=str, pat_str=str, special_tokens=dict)
+        for split in ("train", "val"):
+            check_kinds(meta["splits"][split], documents=int, tokens=int, conditions=dict)
+        if meta["dtype"] != token_dtype(meta["vocab_size"]).name:
+            raise ValueError(f"dtype is {meta['dtype']} for {meta['vocab_size']} ids")
+    return meta
+
+
+def fingerprint(path):
+    """
+    A hash of a file's size and of 1,024 pieces of 64 KiB spread evenly over it: all of a file of up to 64 MiB, and
+    quick for any.
+    """
+    size, piece, n = path.stat().st_size, 2**16, 1024
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(n):
+            file.seek(i * max((n - 1) * piece, size - piece) // (n - 1))
+            digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+FILES = ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.tiktoken")  # of a dataset, besides meta.json
+
+
+def check_file(directory, name, meta):
+    """The fingerprint of a file of a dataset. Raises unless it is the one that meta.json was written with."""
+    path = Path(directory, name)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: prepare the dataset with data.py")
+    found, want = fingerprint(path), meta["checksums"].get(name)
+    if found != want:
+        raise ValueError(
+            f"{path} is damaged, or not the file that {Path(directory, 'meta.json')} describes: "
+            f"its checksum is {found}, not {want}"
+        )
+    return found
 
 
 def choose_condition(condition, directory):
@@ -160,7 +208,8 @@ def usual_condition(directory):
     """
     if Path(directory, "meta.json").exists():
         counts = read_meta(directory)["splits"]["train"]["conditions"]
-        return max(counts, key=counts.get)
+        with blamed_on(Path(directory, "meta.json")):
+            return max(counts, key=counts.get)
     path = Path(directory, "tokenizer_config.json")
     return read_json(path).get("condition", "synth,cot") if path.exists() else "synth,cot"
 
@@ -423,8 +472,8 @@ def word_problems(split, n, seed):
 def read_rows(source, config="", split="train"):
     """
     Rows of a source, as (where, dict) with `where` for messages. The source is a .jsonl, .json or .parquet file, a
-    directory with files named after the split, or a dataset on the Hugging Face hub. A line of JSON that cannot be read
-    yields (where, None).
+    directory with files named after the split, or a dataset on the Hugging Face hub. A line that is not a JSON object
+    yields (where, text) that says why not.
     """
     path = Path(source)
     if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
@@ -436,14 +485,7 @@ def read_rows(source, config="", split="train"):
         raise FileNotFoundError(f"there is no file {path}")
     if files:  # read here and not by datasets, so that a bad line is known by its number
         for file in files:
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.isspace():
-                        try:
-                            row = json.loads(line)
-                        except ValueError:
-                            row = None
-                        yield f"{file}, line {number}", row if isinstance(row, dict) else None
+            yield from read_lines(file)
         return
     try:
         import datasets
@@ -461,19 +503,46 @@ def read_rows(source, config="", split="train"):
         yield f"{source} {split}, row {number}", row
 
 
+def read_lines(file):
+    """read_rows() of a .jsonl file."""
+    with open(file, "rb") as lines:
+        number = 0
+        while line := lines.readline(LONGEST + 1):
+            number += 1
+            where = f"{file}, line {number}"
+            if len(line) > LONGEST:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(LONGEST)
+                yield where, f"longer than {LONGEST:,} bytes"
+            elif b"\0" in line:
+                yield where, "a NUL byte"
+            elif not line.isspace():
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                    yield where, row if isinstance(row, dict) else "not a JSON object"
+                except UnicodeDecodeError:
+                    yield where, "not UTF-8"
+                except (ValueError, RecursionError):
+                    yield where, "not a JSON object"
+
+
 def to_pair(row, fields, condition="", answer="", strip_annotations=False):
     """
     A source's row -> (instruction, response, condition), or a text that says what is wrong with it. `answer` is for
     GSM8K's form, a working that ends in "#### N": "cot" keeps all of it, "direct" only N; each also sets the condition.
     """
-    if row is None:
-        return "not a JSON object"
+    if isinstance(row, str):
+        return row
     pair = [row.get(fields[key]) for key in ("instruction", "response")]
     for key, text in zip(("instruction", "response"), pair):
         if not isinstance(text, str):
             return f"no text in the field '{fields[key]}'"
         if not text.strip():
             return f"empty {key}"
+        if len(text) > LONGEST:
+            return f"{key} longer than {LONGEST:,} characters"
+        if "\0" in text or not is_unicode(text):
+            return f"a NUL character or half a surrogate pair in the {key}"
     instruction, response = pair
     if strip_annotations:
         response = re.sub(r"<<[^<>]*>>", "", response)
@@ -487,6 +556,13 @@ def to_pair(row, fields, condition="", answer="", strip_annotations=False):
     except (ValueError, AttributeError):
         return f"unknown condition {condition!r}"
     return instruction, response, condition
+
+
+def is_unicode(text):
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:  # "\\ud800" in JSON
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -506,16 +582,18 @@ class SplitWriter:
     def drop(self, why):
         self.counts["dropped"][why] = self.counts["dropped"].get(why, 0) + 1
 
-    def write(self, pairs, threads):
-        """Encode and append (instruction, response, condition) tuples."""
-        texts = [text for instruction, response, _ in pairs for text in (instruction, response)]
+    def write(self, found, threads):
+        """Encode and append (where, (instruction, response, condition)) tuples."""
+        texts = [text for _, (instruction, response, _) in found for text in (instruction, response)]
         ids = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
         eoa, most = special_id(self.encoding, "eoa"), self.block_size + 1  # the last token of a document is never input
         tokens, index = [], []
-        for instruction_ids, response_ids, (_, _, condition) in zip(ids[::2], ids[1::2], pairs):
+        for instruction_ids, response_ids, (where, (_, _, condition)) in zip(ids[::2], ids[1::2], found):
             prefix = make_prefix(self.encoding, condition, instruction_ids)
             document = [*prefix, *response_ids, eoa]
             if len(document) > most:
+                if self.too_long == "stop":
+                    raise ValueError(f"{where}: {len(document)} tokens, longer than block_size = {self.block_size}")
                 if self.too_long == "drop" or len(prefix) >= most:
                     self.drop("too long" if len(prefix) < most else "instruction too long")
                     continue
@@ -532,8 +610,10 @@ class SplitWriter:
         self.counts["tokens"] = self.end
 
     def close(self):
-        self.bin.close()
-        self.idx.close()
+        for file in self.bin, self.idx:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
 
 
 def token_dtype(vocab_size):
@@ -545,6 +625,8 @@ def read_index(directory, split):
     path = Path(directory, f"{split}.idx")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: prepare the dataset with data.py")
+    if path.stat().st_size % 16:
+        raise ValueError(f"{path} is damaged: its {path.stat().st_size} bytes are not two int64 per document")
     return np.memmap(path, dtype="<i8", mode="r").reshape(-1, 2) if path.stat().st_size else np.zeros((0, 2), np.int64)
 
 
@@ -580,17 +662,17 @@ def prepare(
     seed=1337,
 ):
     """
-    Make a dataset from a source; the settings are those listed at the end of this file. It is written to
-    <directory>.part and renamed when complete, so that what stands under `directory` is never half made.
+    Make a dataset from a source; the settings are those listed at the end of this file. It is written beside
+    `directory` and renamed when complete, so that what stands there is never half made.
     Returns meta.json's content. Raises ValueError or OSError, in one sentence that names the row, on bad input.
     """
-    directory, part = Path(directory), Path(f"{directory}.part")
+    directory, part = Path(directory), Path(f"{directory}.part-{os.getpid()}")
     if directory.exists() and not (directory / "meta.json").exists():
         raise ValueError(f"{directory} exists and is no prepared dataset; choose another name with --dataset")
-    if too_long not in ("truncate", "drop") or answer not in ("", "cot", "direct"):
-        raise ValueError(
-            f"too_long is truncate or drop, and answer is cot, direct or empty; not '{too_long}', '{answer}'"
-        )
+    if too_long not in ("truncate", "drop", "stop"):
+        raise ValueError(f"too_long must be truncate, drop or stop, not '{too_long}'")
+    if answer not in ("", "cot", "direct"):
+        raise ValueError(f"answer must be cot, direct or empty, not '{answer}'")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is a share below 1, not {val_fraction}")
     condition_tags(condition)
@@ -613,47 +695,53 @@ def prepare(
                 yield "val" if rng.random() < val_fraction else "train", where, row
 
     def pairs():
-        """(split, pair), or (split, text) for a bad row that is to be skipped."""
+        """(split, where, pair), or for a bad row that is to be skipped, (split, where, text)."""
         for name, where, row in rows():
             pair = to_pair(row, fields, condition, answer, strip_annotations)
             if isinstance(pair, str) and not skip_bad:
                 raise ValueError(f"{where}: {pair}; --skip_bad=True leaves such rows out")
-            yield name, pair
+            yield name, where, pair
 
-    texts = (text for name, pair in pairs() if name == "train" and isinstance(pair, tuple) for text in pair[:2])
+    texts = (text for name, _, pair in pairs() if name == "train" and isinstance(pair, tuple) for text in pair[:2])
     encoding = make_encoding(tokenizer, pat_str, texts)
     threads = threads or os.cpu_count()
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    writers = {name: SplitWriter(part, name, encoding, block_size, too_long) for name in ("train", "val")}
-    with tqdm(desc=f"preparing {directory}", unit=" documents") as bar:
-        for batch in batched(pairs(), 2000):
-            for name, writer in writers.items():
-                mine = [pair for of, pair in batch if of == name]
-                for why in (pair for pair in mine if isinstance(pair, str)):
-                    writer.drop(why)
-                writer.write([pair for pair in mine if isinstance(pair, tuple)], threads)
-            bar.update(len(batch))
-    for name, writer in writers.items():
-        writer.close()
-        lengths = np.diff(read_index(part, name)[:, 0], prepend=0)
-        points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
-        writer.counts["length"] = {k: int(np.percentile(lengths, p)) for k, p in points.items()} if len(lengths) else {}
-    if not writers["train"].counts["documents"]:
-        shutil.rmtree(part)
-        dropped = "; ".join(f"{n:,} rows: {why}" for why, n in writers["train"].counts["dropped"].items())
-        raise ValueError(f"{source} holds no document to train on" + (f" ({dropped})" if dropped else ""))
-    meta = {
-        "vocab_size": encoding.n_vocab,
-        "dtype": token_dtype(encoding.n_vocab).name,
-        "tokenizer": save_encoding(encoding, part),
-        "splits": {name: writer.counts for name, writer in writers.items()},
-        "made": made,
-    }
-    Path(part, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    if directory.exists():
-        shutil.rmtree(directory)
-    part.rename(directory)
+    try:
+        writers = {name: SplitWriter(part, name, encoding, block_size, too_long) for name in ("train", "val")}
+        with tqdm(desc=f"preparing {directory}", unit=" documents") as bar:
+            for batch in batched(pairs(), 2000):
+                for name, writer in writers.items():
+                    mine = [(where, pair) for of, where, pair in batch if of == name]
+                    for why in (pair for _, pair in mine if isinstance(pair, str)):
+                        writer.drop(why)
+                    writer.write([found for found in mine if isinstance(found[1], tuple)], threads)
+                bar.update(len(batch))
+        for name, writer in writers.items():
+            writer.close()
+            lengths = np.diff(read_index(part, name)[:, 0], prepend=0)
+            points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+            found = {k: int(np.percentile(lengths, p)) for k, p in points.items()} if len(lengths) else {}
+            writer.counts["length"] = found
+        if not writers["train"].counts["documents"]:
+            dropped = "; ".join(f"{n:,} rows: {why}" for why, n in writers["train"].counts["dropped"].items())
+            raise ValueError(f"{source} holds no document to train on" + (f" ({dropped})" if dropped else ""))
+        meta = {
+            "vocab_size": encoding.n_vocab,
+            "dtype": token_dtype(encoding.n_vocab).name,
+            "tokenizer": save_encoding(encoding, part),
+            "checksums": {name: fingerprint(part / name) for name in FILES},
+            "splits": {name: writer.counts for name, writer in writers.items()},
+            "made": made,
+        }
+        replace_file(part / "meta.json", json.dumps(meta, indent=1).encode())
+        old = Path(f"{part}-old")
+        if directory.exists():
+            directory.rename(old)
+        part.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return meta
 
 
@@ -680,7 +768,7 @@ def report(directory, meta):
 
 
 class Batch(NamedTuple):
-    """One rank's rows of a step, each (rows, T), and two counts over the whole step, all ranks included."""
+    """One rank's rows of a step, each (rows, T), and three facts of the whole step, all ranks included."""
 
     idx: torch.Tensor  # int64 tokens, 0 in padding
     targets: torch.Tensor  # int64, IGNORE in prefixes and padding
@@ -688,6 +776,7 @@ class Batch(NamedTuple):
     prefix: torch.Tensor  # bool
     n_targets: int
     n_tokens: int
+    documents: list  # their numbers in the split
 
 
 class Loader:
@@ -698,7 +787,8 @@ class Loader:
     permutation; what is left in the pool waits for the next step, so every document is seen exactly once per epoch.
     The plan depends on seed, rows and block_size only: rank r takes its share of the same rows. `epochs` limits the
     passes (the last step may then hold padding); without, the stream has no end and epochs overlap by a few documents.
-    `state` (plain integers, for checkpoints) is that after the last step taken.
+    `state` (plain values, for checkpoints) is that after the last step taken.
+    Raises ValueError, in one sentence, on files or a state that do not fit together.
     """
 
     SPARE = 128  # documents to choose from beyond those a step can hold
@@ -710,23 +800,40 @@ class Loader:
         index = read_index(directory, split)
         self.ends, self.prefixes = index[:, 0], index[:, 1]
         self.starts = np.concatenate(([0], self.ends[:-1])).astype(np.int64)
-        self.lengths = (self.ends - self.starts - 1).astype(np.int32)  # input tokens: all of a document but its last
-        self.fitting = np.flatnonzero(self.lengths <= block_size)  # all, unless prepared for a larger block_size
-        self.left_out = len(self.lengths) - len(self.fitting)
+        lengths = self.ends - self.starts - 1  # input tokens: all of a document but its last
+        sound = (1 <= self.prefixes) & (self.prefixes <= lengths)
+        if not sound.all():
+            d = int(sound.argmin())
+            here = f"from {self.starts[d]} to {self.ends[d]}, prefix {self.prefixes[d]}"
+            raise ValueError(f"{Path(directory, split)}.idx is damaged: document {d} cannot be {here}")
+        self.lengths = lengths.astype(np.int32)
+        self.fitting = np.flatnonzero(lengths <= block_size)  # all, unless prepared for a larger block_size
+        self.left_out = len(lengths) - len(self.fitting)
         if not len(self.fitting):
             raise ValueError(
                 f"{directory}: no document of the {split} split fits into block_size = {block_size} tokens"
             )
-        self.tokens = np.memmap(Path(directory, f"{split}.bin"), dtype=meta["dtype"], mode="r")
+        self.vocab_size, self.bin = meta["vocab_size"], Path(directory, f"{split}.bin")
+        size, want = self.bin.stat().st_size, int(self.ends[-1]) * np.dtype(meta["dtype"]).itemsize
+        if size != want:
+            raise ValueError(f"{self.bin} is damaged: it has {size:,} bytes, not {want:,}")
+        self.tokens = np.memmap(self.bin, dtype=meta["dtype"], mode="r")
         self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
         self.mine = slice(rank, None, world_size)
-        self.plan = {"seed": seed, "documents": len(self.fitting), "tokens": int(self.ends[-1])}
+        checksum = meta["checksums"].get(self.bin.name)
+        self.plan = {"seed": seed, "documents": len(self.fitting), "checksum": checksum}
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
         for key, value in self.plan.items():
-            if self.state[key] != value:
+            if self.state.get(key) != value:
                 raise ValueError(
-                    f"{directory} gives another plan than the run had: {key} {value}, not {self.state[key]}"
+                    f"{directory} gives another plan than the run had: {key} {value}, not {self.state.get(key)}"
                 )
+        with blamed_on("the loader's state"):
+            check_kinds(self.state, epoch=int, cursor=int, waiting=list)
+            if not all(0 <= d < len(lengths) for d in self.state["waiting"]):
+                raise ValueError("it has documents that the split has not")
+            if self.state["epoch"] < 0 or not 0 <= self.state["cursor"] < len(self.fitting):
+                raise ValueError(f"epoch {self.state['epoch']}, cursor {self.state['cursor']}")
         self.order = self._permutation(self.state["epoch"])
 
     def _permutation(self, epoch):
@@ -797,7 +904,14 @@ class Loader:
                 doc[r, start:end] = number
                 prefix[r, start:response] = True
                 start = end
-        return Batch(*(torch.from_numpy(a) for a in (idx, targets, doc, prefix)), n_targets, n_tokens)
+        largest = max(idx.max(), targets.max())
+        if largest >= self.vocab_size:
+            d = next(d for row in rows for d in row if self.tokens[self.starts[d] : self.ends[d]].max() == largest)
+            raise ValueError(
+                f"{self.bin}: document {d} has the id {largest}, beyond the vocabulary of {self.vocab_size}"
+            )
+        parts = (torch.from_numpy(a) for a in (idx, targets, doc, prefix))
+        return Batch(*parts, n_targets, n_tokens, documents.tolist())
 
 
 def best_fit(items, lengths, room):
@@ -835,7 +949,7 @@ if __name__ == "__main__":
     tokenizer = "bytes"  # or train:4096, a tiktoken encoding, a BPE file in its format, a model's directory or hub id
     pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
     block_size = 1024  # context: a document may have one token more
-    too_long = "truncate"  # or "drop": what happens to longer documents (if the instruction alone is, always drop)
+    too_long = "truncate"  # longer documents; or "drop" (as always if the instruction alone is longer), or "stop"
     threads = 0  # of the tokenizer; 0: one per core
     seed = 1337
     settings = configure(globals())
@@ -843,6 +957,6 @@ if __name__ == "__main__":
     try:
         print(report(directory, prepare(directory, **settings)))
     except (ValueError, OSError) as e:
-        sys.exit(f"data.py: {e}")
+        sys.exit(f"data.py: {reason(e)}")
     except KeyboardInterrupt:
         sys.exit(f"data.py: interrupted; {directory} is as it was")

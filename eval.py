@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from configurator import configure
-from model import choose_device, local_directory
+from model import choose_device, local_directory, reason
 
 # ----------------------------------------------------------------------------------------------------
 # settings
@@ -150,7 +150,7 @@ try:
             path.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
             print(f"generations: {path}")
 except (ValueError, OSError) as e:
-    sys.exit(f"eval.py: {e}")
+    sys.exit(f"eval.py: {reason(e)}")
 except KeyboardInterrupt:
     sys.exit("eval.py: interrupted; nothing was written")
 

@@ -21,9 +21,11 @@ As a script it exports a run to the Hugging Face layout, for transformers and al
 
 import json
 import math
+import os
 import sys
+import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +63,10 @@ class HRMConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, field.type) and not (type(value) is int and field.type in (float, float | None)):
+                raise ValueError(f"{field.name} of a model cannot be {value!r}")
         if self.n_ff is None:
             self.n_ff = -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
         if self.embed_scale is None:
@@ -380,21 +386,19 @@ class HRM(nn.Module):
         Raises ValueError or FileNotFoundError, in one sentence, on anything that is not exactly this model.
         """
         directory = local_directory(name)
-        if (directory / "ckpt.pt").exists():
+        if checkpoints(directory):
             ckpt = load_checkpoint(directory)
             model = cls(HRMConfig(**ckpt["config"]))
             model.load_state_dict({**ckpt["model"], **(ckpt["ema"] if average else {})})
             return model
         if not (directory / "config.json").exists():
             raise FileNotFoundError(f"{directory} has neither ckpt.pt nor config.json")
-        with torch.device("meta"):
-            model = cls(read_hf_config(directory / "config.json"))
-        tensors, state = read_safetensors(directory), {}
-        for ours, want in model.state_dict().items():
+        config, tensors, state = read_hf_config(directory / "config.json"), read_safetensors(directory), {}
+        for ours, want in shapes_of(config, len(tensors)).items():
             names = [hf_name(ours)]
             if names[0] not in tensors and not tensors.keys().isdisjoint(hf_split_names(ours)):
                 names = hf_split_names(ours)
-            shape = (want.size(0) // len(names), *want.shape[1:])
+            shape = (want[0] // len(names), *want[1:])
             for name in names:
                 if name not in tensors:
                     raise ValueError(f"{directory} lacks the tensor {name}")
@@ -403,6 +407,8 @@ class HRM(nn.Module):
             state[ours] = torch.cat([tensors.pop(name) for name in names]).float()
         if tensors:
             raise ValueError(f"{directory} has a tensor that is not of this model: {min(tensors)}")
+        with torch.device("meta"):
+            model = cls(config)
         model.load_state_dict(state, assign=True)
         return model
 
@@ -485,6 +491,115 @@ class HRM(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
+# files, which may be damaged, or a stranger's: tensors and plain values are read from them, never code
+
+
+def reason(error):
+    """What an exception says, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def blamed_on(path):
+    """Whatever fails within is the fault of this file's content: it becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError:
+        raise  # names its file already
+    except Exception as e:
+        raise ValueError(reason(e) if str(path) in str(e) else f"{path} is damaged: {reason(e)}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError that names the file."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no {path}")
+    with blamed_on(path):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+
+
+def check_kinds(content, **kinds):
+    """Raise KeyError or ValueError unless a dict has these keys, with values of these types."""
+    for key, kind in kinds.items():
+        if type(content[key]) is not kind:
+            raise ValueError(f"{key} is {str(content[key])[:40]!r}, of type {type(content[key]).__name__}")
+
+
+def replace_file(path, content):
+    """Write bytes beside `path` and rename, so that after a crash the file is the old one or the new one, whole."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def checkpoints(directory):
+    """A run's checkpoints, newest first: ckpt.pt, and the ones before it, ckpt-<step>.pt."""
+    older = sorted(Path(directory).glob("ckpt-*.pt"), reverse=True)
+    return [path for path in (Path(directory, "ckpt.pt"), *older) if path.exists()]
+
+
+def load_checkpoint(directory):
+    """
+    The newest checkpoint of a run that is whole, on the CPU; says so in a line if that is not ckpt.pt.
+    Raises FileNotFoundError or ValueError, in one sentence.
+    """
+    paths, damage = checkpoints(directory), []
+    for path in paths:
+        try:
+            ckpt = read_checkpoint(path)
+        except ValueError as e:
+            damage.append(str(e))
+            continue
+        if path.name != "ckpt.pt":
+            print(f"{'; '.join(damage) or f'{directory} has no ckpt.pt'}; using {path} instead (step {ckpt['iter']})")
+        return ckpt
+    if damage:
+        raise ValueError(damage[0])
+    raise FileNotFoundError(f"there is no checkpoint {Path(directory, 'ckpt.pt')}; train.py writes it to its out_dir")
+
+
+CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "config": dict, "settings": dict, "loader": dict}
+CHECKPOINT |= {"origin": str, "iter": int, "tokens": int, "best_val_loss": float, "validated": int, "skipped": int}
+CHECKPOINT |= {"log_bytes": int, "wandb_id": str}  # see train.py
+
+
+def read_checkpoint(path):
+    """The content of one checkpoint, all of it checked against its checksums, its keys and its own configuration."""
+    with blamed_on(path):
+        wrong = zipfile.ZipFile(path).testzip()  # torch itself ignores the CRC32 that it writes with every tensor
+        if wrong:
+            raise ValueError(f"the checksum of {wrong} is wrong")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_kinds(ckpt, **CHECKPOINT)
+        config = HRMConfig(**ckpt["config"])
+        want = shapes_of(config, len(ckpt["model"]))
+        for name, tensor in (*ckpt["model"].items(), *ckpt["ema"].items()):
+            if tensor.shape != want[name] or tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {tuple(want[name])}")
+        if ckpt["model"].keys() != want.keys() or ckpt["ema"].keys() not in (set(), set(want) - {"z_L_init"}):
+            raise ValueError("it lacks weights")
+        return ckpt
+
+
+def shapes_of(config, n_tensors):
+    """{name: shape} of the weights of a model, which is to have n_tensors of them."""
+    if config.n_layer > n_tensors:  # before so many blocks are made
+        raise ValueError(f"it has {n_tensors} tensors, too few for {config.n_layer} blocks")
+    with torch.device("meta"):
+        return {name: t.shape for name, t in HRM(config).state_dict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------
 # the Hugging Face layout
 
 HF_CONFIG = {  # theirs: ours
@@ -503,19 +618,6 @@ HF_CONFIG = {  # theirs: ours
 }
 HF_FIXED = {"model_type": "hrm_text", "hidden_act": "silu", "tie_word_embeddings": False}  # nothing else is built here
 HF_FIXED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "rope_scaling": None}
-
-
-def read_json(path):
-    """The object in a JSON file. Raises FileNotFoundError, or ValueError that names the file."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged: {e}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
 
 
 def read_hf_config(path):
@@ -632,20 +734,6 @@ def choose_device(device, dtype):
     return device, getattr(torch, dtype)
 
 
-def load_checkpoint(directory):
-    """The content of directory/ckpt.pt, on the CPU. Tensors and plain values only: it cannot run code."""
-    path = Path(directory, "ckpt.pt")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}; train.py writes it to its out_dir")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # torch raises many kinds
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py: {' '.join(str(e).split())[:200]}") from None
-    if not isinstance(ckpt, dict) or not {"model", "ema", "optimizer", "config", "loader"} <= ckpt.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py")
-    return ckpt
-
-
 def pick(logits, temperature, top_k, top_p, generator):
     """The next ids (B,) from logits (B, vocab_size)."""
     if temperature == 0:
@@ -708,6 +796,15 @@ class AdamATan2(torch.optim.Optimizer):
         if ema is not None:
             torch._foreach_lerp_([self.state[p]["ema"] for p in params], params, 1 - ema)
 
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                check_kinds(state, step=int, m=torch.Tensor, v=torch.Tensor)
+                if any(t.shape != p.shape or t.dtype != p.dtype for key, t in state.items() if key != "step"):
+                    raise ValueError("the optimizer's state does not fit its parameters")
+
     @contextmanager
     def averaged(self):
         """Within, the parameters hold their moving averages."""
@@ -740,4 +837,4 @@ if __name__ == "__main__":
         model.save_pretrained(export_dir, eos_token_id=eoa, pad_token_id=eoa)
         data.save_hf_tokenizer(encoding, export_dir, data.usual_condition(out_dir), model.config.block_size)
     except (ValueError, OSError) as e:
-        sys.exit(f"model.py: {e}")
+        sys.exit(f"model.py: {reason(e)}")

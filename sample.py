@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 from configurator import configure
-from model import choose_device, local_directory
+from model import choose_device, local_directory, reason
 
 # ----------------------------------------------------------------------------------------------------
 # settings
@@ -80,6 +80,6 @@ try:
         answer(instruction)
         print()
 except (ValueError, OSError) as e:
-    sys.exit(f"sample.py: {e}")
+    sys.exit(f"sample.py: {reason(e)}")
 except (KeyboardInterrupt, EOFError):
     print()

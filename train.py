@@ -7,22 +7,27 @@ Pretraining and fine-tuning of an HRM, on one device or many.
     python train.py config/demo.py --init_from=resume                         # go on from out_dir/ckpt.pt
 
 A step is batch_size rows of packed documents, shared among the ranks and then among micro-batches; the number of either
-changes nothing but speed and memory. Ctrl-C finishes the step, saves, and ends.
+changes nothing but speed and memory. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end. A run that was killed,
+whenever that was, goes on to the same weights, bit for bit; under torchrun --max-restarts=N it does so by itself.
 """
 
+import hashlib
 import json
 import math
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import uuid
+from collections import deque
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -30,18 +35,34 @@ from tqdm import tqdm
 
 import data
 from configurator import configure
-from model import HRM, IGNORE, AdamATan2, HRMConfig, choose_device, load_checkpoint, local_directory
+from model import (
+    HRM,
+    IGNORE,
+    AdamATan2,
+    HRMConfig,
+    blamed_on,
+    checkpoints,
+    choose_device,
+    load_checkpoint,
+    local_directory,
+    read_json,
+    reason,
+    replace_file,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # settings
 # input and output
 out_dir = "out"
 dataset = "problems"  # data/<dataset>, made by data.py ("problems" is made on the spot)
-init_from = "scratch"  # or "resume" (out_dir/ckpt.pt), or what to fine-tune: a run, a directory, a hub id
+init_from = "scratch"  # or "resume" (the run in out_dir), or what to fine-tune: a run, a directory, a hub id
 log_interval = 10  # steps between log lines
 eval_interval = 500  # steps between validation losses; 0: only at the end
 eval_iters = 0  # batches of a validation loss; 0: all of val.bin
 checkpoint_interval = 1000  # steps between checkpoints; 0: only at the end
+checkpoint_minutes = 0.0  # and minutes between them, whichever comes first; 0: steps alone
+keep_checkpoints = 2  # the newest: ckpt.pt, and ckpt-<step>.pt before it
+skip_nonfinite = 0  # so many steps whose loss or gradient is not finite are passed over; the next one ends the run
 final_eval = ""  # tasks for eval.py to run on the finished model, such as "problems"
 wandb_log = False
 wandb_project = "hrm-text"
@@ -81,20 +102,11 @@ settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
 
-stop_asked = False
+signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before the first step"))
 
-
-def ask_to_stop(signum, frame):
-    """Ctrl-C or SIGTERM: stop after the next step. A second one does so at once."""
-    global stop_asked
-    stop_asked = True
-    signal.signal(signum, signal.SIG_DFL)
-
-
-signal.signal(signal.SIGINT, ask_to_stop)
-signal.signal(signal.SIGTERM, ask_to_stop)
-
+# ----------------------------------------------------------------------------------------------------
 # devices and ranks
+
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 master = rank == 0
 try:
@@ -105,10 +117,7 @@ if device == "cuda":
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     torch.cuda.set_device(device)
 on_cuda = device.startswith("cuda")
-if world_size > 1:
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=10))
-    # To agree on stopping without waiting for the device:
-    cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
+writer = None  # the thread that writes a checkpoint
 
 
 def say(*text):
@@ -117,26 +126,87 @@ def say(*text):
         tqdm.write(" ".join(map(str, text)))
 
 
-# data
-out, data_dir = Path(out_dir), Path("data", dataset)
-if master and dataset == "problems" and not (data_dir / "meta.json").exists():
-    say(data.report(data_dir, data.prepare(data_dir)))
+def leave(sentence="", status=1):
+    """End this process, with a sentence if something is wrong, once the last checkpoint is written."""
+    if sentence:
+        tqdm.write(f"train.py: {sentence}", file=sys.stderr)
+    if writer:
+        writer.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if world_size > 1:
+        os._exit(status)  # gloo's threads now and then abort a process that winds down in the ordinary way (torch 2.13)
+    sys.exit(status)
+
+
+@contextmanager
+def others():
+    """Within, ranks wait for each other. Should one be lost, the rest end."""
+    try:
+        yield
+    except RuntimeError as e:
+        leave(f"rank {rank} has lost another rank ({reason(e)[:120]}); --init_from=resume goes on from the checkpoint")
+
+
+def fresh_store():
+    """
+    A key-value store for the ranks of this start alone. That of torchrun is the same after a restart (torch 2.13), and
+    has the addresses of ranks that are gone. So each rank sends a new word, to which the first answers with a prefix.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    word, prefix = uuid.uuid4().hex, uuid.uuid4().hex
+    if not master:
+        store.set(f"word of rank {rank}", word)
+        prefix = store.get(word).decode()  # waits for it
+        store.add(prefix, 1)
+    while master and store.add(prefix, 0) < world_size - 1:  # a word may be an old one, so until all have come
+        for key in (f"word of rank {r}" for r in range(1, world_size)):
+            if store.check([key]):
+                store.set(store.get(key).decode(), prefix)
+        time.sleep(0.02)
+    return dist.PrefixStore(prefix, store)
+
+
 if world_size > 1:
-    dist.barrier()
+    ranks = dict(store=fresh_store(), rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
+    dist.init_process_group("nccl" if on_cuda else "gloo", **ranks)
+    # To agree on stopping without waiting for the device:
+    cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
 
 
-def val_batches():
-    """The validation split, once, in the same batches for any number of ranks."""
-    return data.Loader(data_dir, "val", batch_size, block_size, 0, rank, world_size, epochs=1)
+def gather(value):
+    """The value that each rank has, as a list."""
+    values = [value] * world_size
+    if world_size > 1:
+        with others():
+            dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+
+def end_on(trouble):
+    """End all ranks if any has trouble: a sentence, which the first rank tells for all."""
+    troubles = gather(trouble)
+    if any(troubles):
+        told = troubles[:1] if len(set(troubles)) == 1 else [f"rank {i}: {t}" for i, t in enumerate(troubles) if t]
+        leave("; ".join(told) if master else "")
+
+
+# ----------------------------------------------------------------------------------------------------
+# settings, data and checkpoint: everything that can be wrong with them is found here, before anything is written
+
+out, data_dir = Path(out_dir), Path("data", dataset)
+# torchrun starts all ranks anew when one fails; what it started first has the same name.
+launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
+restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def check_settings():
     """Raise ValueError, in one sentence, for a setting that would fail later."""
-    at_least_1 = ("max_iters", "batch_size", "micro_batch_size", "block_size", "log_interval")
+    at_least_1 = ("max_iters", "batch_size", "micro_batch_size", "block_size", "log_interval", "keep_checkpoints")
     at_least_0 = ("epochs", "learning_rate", "weight_decay", "warmup_iters", "seed")
-    at_least_0 += ("eval_interval", "eval_iters", "checkpoint_interval")
+    at_least_0 += ("eval_interval", "eval_iters", "checkpoint_interval", "checkpoint_minutes", "skip_nonfinite")
     shares = ("decay", "bp_warmup", "beta1", "beta2", "ema")
-    for keys, low, high in (at_least_1, 1, math.inf), (at_least_0, 0, math.inf), (shares, 0, 1):
+    for keys, low, high in (at_least_1, 1, sys.maxsize), (at_least_0, 0, sys.maxsize), (shares, 0, 1):
         for key in keys:
             if not low <= settings[key] <= high:
                 raise ValueError(f"{key} must be at least {low}{' and at most 1' * (high == 1)}, not {settings[key]}")
@@ -144,6 +214,8 @@ def check_settings():
         raise ValueError(f"attention must be auto, sdpa, or on cuda flex, not {attention}")
     if not out_dir or not dataset or not init_from or out.is_file():
         raise ValueError("out_dir, dataset and init_from must be names, and out_dir that of a directory")
+    if init_from not in ("scratch", "resume") and out.resolve() == Path(init_from).resolve():
+        raise ValueError(f"init_from is out_dir ({out}); give the new run another with --out_dir")
     if wandb_log:
         try:
             import wandb  # noqa: F401
@@ -151,11 +223,53 @@ def check_settings():
             raise ValueError("wandb_log needs the package wandb: pip install wandb") from None
 
 
+def older(step):
+    return out / f"ckpt-{step:08d}.pt"
+
+
+def open_out_dir():
+    """(what to start from, checkpoint or None). Raises ValueError if out_dir holds what is not this run's."""
+    claimed = read_json(out / "run.json") if (out / "run.json").exists() else {}
+    again = init_from == "resume" or (restarts and claimed.get("launch") == launch)
+    if again and checkpoints(out):
+        return "resume", load_checkpoint(out)
+    if again and claimed:
+        say(f"{out} has no checkpoint yet, so its run starts over")
+        return str(claimed.get("init_from")), None
+    if again:
+        raise FileNotFoundError(f"there is no checkpoint {out / 'ckpt.pt'} to resume")
+    held = [name for name in ("ckpt.pt", "run.json", "log.jsonl", "meta.json", "config.json") if (out / name).exists()]
+    if held:
+        raise ValueError(
+            f"{out} holds another run already ({', '.join(held)}): --init_from=resume continues it, "
+            "--out_dir=NAME starts elsewhere"
+        )
+    return init_from, None
+
+
+def val_batches():
+    """The validation split, once, in the same batches for any number of ranks."""
+    return data.Loader(data_dir, "val", batch_size, block_size, 0, rank, world_size, epochs=1)
+
+
+trouble, ckpt = "", None
 try:
     check_settings()
-    resumed = load_checkpoint(out) if init_from == "resume" else None
+    if master:
+        if dataset == "problems" and not (data_dir / "meta.json").exists():
+            say(data.report(data_dir, data.prepare(data_dir)))
+        init_from, ckpt = open_out_dir()
+except (ValueError, OSError) as e:
+    trouble = reason(e)
+end_on(trouble)
+# Only the first rank needs to have the checkpoint. The others get what is small of it here, and its tensors below.
+head = {key: value for key, value in ckpt.items() if key not in ("model", "ema", "optimizer")} if ckpt else None
+init_from, head = gather((init_from, head))[0]
+facts = {}
+try:
     meta = data.read_meta(data_dir)
-    state = resumed["loader"] if resumed else None
+    facts = {f"{data_dir / name}": data.check_file(data_dir, name, meta) for name in data.FILES}
+    state = head["loader"] if head else None
     loader = data.Loader(data_dir, "train", batch_size, block_size, seed, rank, world_size, state=state)
     if loader.left_out:
         say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size and left out")
@@ -168,24 +282,24 @@ try:
     if epochs:
         max_iters = max(1, round(epochs * int(loader.lengths[loader.fitting].sum()) / (batch_size * block_size)))
 
-    # model
     torch.manual_seed(seed)
+    encoding = data.load_encoding(data_dir)
     if init_from in ("scratch", "resume"):
         shape = {f.name: settings[f.name] for f in fields(HRMConfig) if f.name in settings}
-        if resumed and resumed["origin"] == "scratch":
-            differs = ", ".join(f"{k} {resumed['config'][k]}" for k in shape if shape[k] != resumed["config"][k])
+        if head and head["origin"] == "scratch":
+            differs = ", ".join(f"{k} {head['config'][k]}" for k in shape if shape[k] != head["config"][k])
             if differs:
                 raise ValueError(f"{out / 'ckpt.pt'} holds another model than these settings ask for: there, {differs}")
-        model = HRM(HRMConfig(**resumed["config"]) if resumed else HRMConfig(vocab_size=meta["vocab_size"], **shape))
+        model = HRM(HRMConfig(**head["config"]) if head else HRMConfig(vocab_size=meta["vocab_size"], **shape))
     else:
         model = HRM.from_pretrained(init_from)
         say(f"fine-tuning {init_from}, whose shape overrides the settings: {model.config}")
     config = model.config
-    source = out if resumed else init_from
-    if init_from != "scratch":
-        encodings = data.load_encoding(local_directory(source)), data.load_encoding(data_dir)
-        if not data.same_tokenizer(*encodings):
-            names = [f"{place} ({e.name}, {e.n_vocab} ids)" for place, e in zip((source, data_dir), encodings)]
+    source = out if head else init_from
+    if ckpt or init_from not in ("scratch", "resume"):
+        theirs = data.load_encoding(local_directory(source))
+        if not data.same_tokenizer(theirs, encoding):
+            names = [f"{place} ({e.name}, {e.n_vocab} ids)" for place, e in ((source, theirs), (data_dir, encoding))]
             raise ValueError(
                 f"{' and '.join(names)} have different tokenizers; data.py --tokenizer={source} mends that"
             )
@@ -195,29 +309,72 @@ try:
         raise ValueError(f"{source} has a context of {config.block_size} tokens, and block_size is {block_size}")
     if not 2 <= bp_min <= bp_max <= config.n_steps:
         raise ValueError(f"bp_min and bp_max must rise from 2 to at most H_cycles * (L_cycles + 1) = {config.n_steps}")
-    if resumed:
-        model.load_state_dict(resumed["model"])
-    if out.resolve() == Path(init_from).resolve():
-        raise ValueError(f"init_from is out_dir ({out}); give the new run another with --out_dir")
+    model.to(device)
+    options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)
+    optimizer = AdamATan2(model.parameters(), **options)
+    if ckpt:
+        with blamed_on(out / "ckpt.pt"):
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
 except (ValueError, OSError) as e:
-    sys.exit(f"train.py: {e}")
-model.to(device)
-model.compute_dtype, model.attention, model.recompute_blocks = dtype, attention, recompute_blocks
-for tensor in model.state_dict().values() if world_size > 1 else ():
-    dist.broadcast(tensor, 0)
-options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)
-optimizer = AdamATan2(model.parameters(), **options)
-iteration = tokens = 0
-if resumed:
-    optimizer.load_state_dict(resumed["optimizer"])
-    optimizer.param_groups[0].update(options)  # settings may change on the way
-    for p, state in optimizer.state.items() if ema else ():
-        state.setdefault("ema", p.detach().clone())
-    iteration, tokens = resumed["iter"], resumed["tokens"]
-    changed = {k: v for k, v in settings.items() if resumed["settings"].get(k) != v and k != "init_from"}
+    trouble = reason(e)
+end_on(trouble)
+code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("model.py", "data.py", "train.py"))
+facts |= {"the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__}
+facts |= {key: value for key, value in settings.items() if key != "out_dir"}
+first = gather(facts)[0]
+differs = [f"{k} is {facts.get(k)!r} and not {first.get(k)!r}" for k in first | facts if facts.get(k) != first.get(k)]
+end_on(f"unlike on rank 0, {'; '.join(differs)} (on {socket.gethostname()})" if differs else "")
+
+# ----------------------------------------------------------------------------------------------------
+# the state of the run, the same on all ranks, and out_dir
+
+optimizer.param_groups[0].update(options)  # settings may change on the way
+for p in model.parameters():
+    if ema:
+        optimizer.state[p].setdefault("ema", p.detach().clone())
+    else:
+        optimizer.state[p].pop("ema", None)
+if world_size > 1:
+    steps = gather([optimizer.state[p]["step"] for p in model.parameters()])[0]
+    with others():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+        for p, step in zip(model.parameters(), steps):
+            optimizer.state[p]["step"] = step
+            for tensor in optimizer.state[p].values() if head else ():
+                if isinstance(tensor, torch.Tensor):
+                    dist.broadcast(tensor, 0)
+iteration = tokens = validated = skipped = log_bytes = 0
+best_val_loss, wandb_id, origin = math.inf, uuid.uuid4().hex[:8], init_from
+if head:
+    iteration, tokens, validated, skipped, log_bytes, best_val_loss, wandb_id, origin = (
+        head[key] for key in "iter tokens validated skipped log_bytes best_val_loss wandb_id origin".split()
+    )
+    changed = {k: v for k, v in settings.items() if head["settings"].get(k) != v and k != "init_from"}
     say(f"resuming {out} at step {iteration}" + (f", with other settings than before: {changed}" if changed else ""))
-origin = resumed["origin"] if resumed else init_from
-del resumed
+saved = iteration if head else None  # the step of the newest checkpoint
+dirty = saved is None  # whether there is more than it holds
+del ckpt, head
+try:
+    if master:
+        out.mkdir(parents=True, exist_ok=True)
+        claim = {"launch": launch, "init_from": origin, "settings": settings}
+        replace_file(out / "run.json", json.dumps(claim, indent=1).encode())
+        for name in "meta.json", "tokenizer.tiktoken":  # so that sample.py and eval.py need only out_dir
+            replace_file(out / name, (data_dir / name).read_bytes())
+        if saved is not None and older(saved).exists():  # ckpt.pt was damaged
+            os.replace(older(saved), out / "ckpt.pt")
+        log_file = open(out / "log.jsonl", "ab", buffering=0)
+        log_file.truncate(min(log_bytes, log_file.tell()))  # without what a killed run logged after its last checkpoint
+except OSError as e:
+    trouble = reason(e)
+end_on(trouble)
+if wandb_log and master:
+    import wandb
+
+    wandb.init(project=wandb_project, name=wandb_run_name or None, id=wandb_id, resume="allow", config=settings)
+model.compute_dtype, model.attention, model.recompute_blocks = dtype, attention, recompute_blocks
 if compile:
     try:  # a machine without a C++ compiler or Triton still trains
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
@@ -245,7 +402,7 @@ def bp_steps_at(i):
 
 
 # ----------------------------------------------------------------------------------------------------
-# one step, validation, checkpoint
+# one step
 
 
 def loss_of(batch, bp_steps=None):
@@ -263,155 +420,284 @@ def loss_of(batch, bp_steps=None):
     return total
 
 
-def over_ranks(value):
-    """The sum over all ranks of a scalar tensor, as a float."""
+def sum_over_ranks(*tensors):
     if world_size > 1:
-        dist.all_reduce(value)
-    return value.item()
+        with others():
+            for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+                work.wait()
 
 
 def train_step(batch, bp_steps, lr):
+    """Returns the loss, and whether it and all gradients are finite, both still on the device."""
+    torch.manual_seed(hash((seed, iteration, rank)))  # dropout, if you add it, is then the same after a resume
     optimizer.zero_grad(set_to_none=True)
     loss = loss_of(batch, bp_steps)
     # Summed here and not by DistributedDataParallel: which weights have a gradient depends on bp_steps (the embedding
     # has none at 2), but it is the same ones on every rank.
-    if world_size > 1:
-        sums = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None]
-        for s in sums:
-            s.wait()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    sum_over_ranks(loss, *grads)
+    healthy = (loss + torch.stack(torch._foreach_norm(grads, math.inf)).sum()).isfinite()
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    return loss
+    if not skip_nonfinite or healthy:  # without skipping, the step need not wait for the answer
+        optimizer.step()
+    return loss, healthy
+
+
+def check_health():
+    """End the run, or count, if the loss or a gradient of the last step not yet checked was not finite."""
+    global skipped, unchecked
+    step, unchecked = unchecked, None
+    if step is None or step[-1]:
+        return
+    i, documents, loss, _ = step
+    what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
+    if master:
+        with open(out / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iter": i, "loss": str(loss.item()), "documents": documents}) + "\n")
+    named = ", ".join(map(str, documents[:10])) + (", ..." if len(documents) > 10 else "")
+    where = f"its {len(documents)} documents of {data_dir / 'train.bin'} ({named}) are in {out / 'nonfinite.jsonl'}"
+    skipped += 1
+    if skipped <= skip_nonfinite:
+        say(f"step {i}: {what}; skipped, {skipped} of at most {skip_nonfinite}; {where}")
+        return
+    before = ", ".join(f"{loss:.4f} at {i}" for i, loss in last_losses) or "none"
+    if writer:
+        writer.join()
+    back = f"{checkpoints(out)[0]} (step {saved})" if saved is not None else "none yet"
+    sentence = f"step {i}: {what}; {where}; logged losses before: {before}; checkpoint to return to: {back}, with "
+    leave(sentence + f"--init_from=resume and, to pass over such a step, --skip_nonfinite={skipped}" if master else "")
+
+
+def all_agree_to_stop():
+    """Whether any rank was told to stop, so that all do after the same step."""
+    asked = torch.tensor(int(bool(stop_asked)))
+    if world_size > 1:
+        with others():
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=cpu_group)
+    return bool(asked)
 
 
 @torch.no_grad()
 def validate():
-    """Mean loss over the targets of val.bin (the first eval_iters batches of it), with the averaged weights."""
+    """
+    Mean loss over the targets of val.bin (the first eval_iters batches of it), with the averaged weights; None if told
+    to stop meanwhile.
+    """
     total = torch.zeros((), device=device)
     n_targets = 0
     with optimizer.averaged() if ema else nullcontext():
         for batch in islice(val_batches(), eval_iters or None):
+            if all_agree_to_stop():
+                return None
             total += loss_of(batch) * batch.n_targets
             n_targets += batch.n_targets
-    return over_ranks(total) / n_targets
+    sum_over_ranks(total)
+    return total.item() / n_targets
 
 
-def save_checkpoint():
-    """out_dir/ckpt.pt, written beside and renamed, so that a crash leaves the one before."""
+# ----------------------------------------------------------------------------------------------------
+# checkpoints and the log
+
+
+def to_host(content, buffers):
+    """
+    Nested dicts and lists with every tensor copied to host memory, each once however often it occurs. `buffers`, a
+    list, keeps that memory for the next time: to get it fresh takes longer than the copy.
+    """
+    copies = {}
+
+    def copy(x):
+        if isinstance(x, dict):
+            return {key: copy(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [copy(value) for value in x]
+        if not isinstance(x, torch.Tensor):
+            return x
+        if id(x) not in copies:
+            if len(copies) == len(buffers):
+                buffers.append(torch.empty_like(x, device="cpu", pin_memory=on_cuda))
+            copies[id(x)] = buffers[len(copies)].copy_(x, non_blocking=True)
+        return copies[id(x)]
+
+    content = copy(content)
+    if on_cuda:
+        torch.cuda.synchronize()
+    return content
+
+
+def save_checkpoint(wait=False):
+    """Copy the run's state, and have a thread write it to out_dir/ckpt.pt, while training goes on unless `wait`."""
+    global writer, dirty
+    dirty = False
     if not master:
         return
+    if writer and writer.is_alive() and not wait:
+        say(f"step {iteration}: no checkpoint, as the one before is still being written")
+        return
+    clock = time.perf_counter()
+    if writer:
+        writer.join()
     names = {p: name for name, p in model.named_parameters()}
-    average = {names[p]: state["ema"] for p, state in optimizer.state.items()} if ema else {}
+    try:
+        os.fsync(log_file.fileno())
+    except OSError:
+        pass  # log() has told of it
     ckpt = {
-        "model": model.state_dict(),
-        "ema": average,  # shares its storage with the optimizer's, so is in the file once
-        "optimizer": optimizer.state_dict(),
+        "model": dict(model.state_dict()),
+        "ema": {names[p]: state["ema"] for p, state in optimizer.state.items()} if ema else {},
+        "optimizer": optimizer.state_dict(),  # which holds the averages too; the file, like the copy, holds them once
         "config": asdict(config),
         "settings": settings,
         "origin": origin,  # "scratch", or what was fine-tuned
         "iter": iteration,
         "tokens": tokens,
         "loader": loader.state,
+        "best_val_loss": best_val_loss,
+        "validated": validated,  # the step of the last validation
+        "skipped": skipped,
+        "log_bytes": log_file.tell(),
+        "wandb_id": wandb_id,
     }
-    torch.save(ckpt, out / "ckpt.pt.part")
-    os.replace(out / "ckpt.pt.part", out / "ckpt.pt")
+    ckpt = to_host(ckpt, host_buffers)
+    say(f"step {iteration}: checkpoint; training waited {time.perf_counter() - clock:.3f} s")
+    writer = Thread(target=write_checkpoint, args=(ckpt,))
+    writer.start()
+    if wait:
+        writer.join()
+
+
+def write_checkpoint(ckpt):
+    """Write beside, flush to the disk, rename: a crash at any moment leaves the checkpoint before."""
+    global saved
+    part, newest = out / "ckpt.pt.part", out / "ckpt.pt"
+    try:
+        with open(part, "wb") as file:
+            torch.save(ckpt, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_checkpoints > 1 and saved is not None and saved < ckpt["iter"] and newest.exists():
+            os.replace(newest, older(saved))
+        os.replace(part, newest)
+        saved = ckpt["iter"]
+        kept = [path for path in checkpoints(out)[1:] if path < older(saved)][: keep_checkpoints - 1]
+        for path in set(checkpoints(out)[1:]) - set(kept):  # later ones are from before a return to an earlier step
+            path.unlink()
+    except (OSError, RuntimeError) as e:
+        while e.__context__ and not isinstance(e, OSError):  # torch hides the disk's answer behind its own
+            e = e.__context__
+        part.unlink(missing_ok=True)
+        last = f"the last good one is of step {saved}" if saved is not None else "there is none before"
+        say(f"step {ckpt['iter']}: the checkpoint could not be written ({reason(e)}); training goes on, {last}")
 
 
 def log(**entry):
-    if master:
-        log_file.write(json.dumps(entry) + "\n")
-        log_file.flush()
-        if wandb_log:
-            wandb.log(entry, step=entry["iter"])
+    """Append to log.jsonl; what a full disk does not take waits for the next time."""
+    global unlogged
+    if not master:
+        return
+    entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
+    unlogged += json.dumps(entry).encode() + b"\n"
+    try:
+        unlogged = unlogged[log_file.write(unlogged) :]
+    except OSError as e:
+        say(f"step {iteration}: {out / 'log.jsonl'} cannot be written ({reason(e)}); training goes on")
+    if wandb_log:
+        wandb.log(entry, step=entry["iter"])
 
 
 # ----------------------------------------------------------------------------------------------------
 # the loop
 
-
-def all_agree_to_stop():
-    """Whether any rank was told to stop, so that all do after the same step."""
-    asked = torch.tensor(int(stop_asked))
-    if world_size > 1:
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=cpu_group)
-    return bool(asked)
-
-
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
 device_name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
 peak = next((flops for card, flops in PEAK_FLOPS.items() if card in device_name), None)
-if master:
-    if init_from != "resume" and ((out / "ckpt.pt").exists() or (out / "log.jsonl").exists()):
-        aside = next(p for p in (Path(f"{out}.{i}") for i in range(1, 10**6)) if not p.exists())
-        out.rename(aside)
-        say(f"{out} held another run, which is now {aside}")
-    out.mkdir(parents=True, exist_ok=True)
-    for file in ("meta.json", "tokenizer.tiktoken"):  # so that sample.py and eval.py need only out_dir
-        shutil.copy(data_dir / file, out / file)
-    log_path = out / "log.jsonl"
-    logged = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
-    log_file = open(log_path, "w", encoding="utf-8")  # without what a killed run logged after its last checkpoint
-    log_file.writelines(line for line in logged if line.endswith("\n") and json.loads(line)["iter"] <= iteration)
-    if wandb_log:
-        import wandb
-
-        wandb.init(project=wandb_project, name=wandb_run_name or None, config=settings)
 n_params = sum(p.numel() for p in model.parameters())
 blocks = "compiled" if model.compile_blocks else "not compiled"
 say(f"{n_params:,} parameters, {world_size} x {device_name}, {str(dtype).removeprefix('torch.')}, blocks {blocks}")
 say(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {out / 'log.jsonl'}")
-start = time.perf_counter()
 
+stop_asked = None
+
+
+def ask_to_stop(signum, frame):
+    """Stop after this step. A second signal, unless it is torchrun's copy of the first, does so at once."""
+    global stop_asked
+    if stop_asked and time.monotonic() - stop_asked > 2:
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    stop_asked = stop_asked or time.monotonic()
+
+
+for name in "SIGINT", "SIGTERM", "SIGUSR1":
+    if hasattr(signal, name):  # Windows lacks one
+        signal.signal(getattr(signal, name), ask_to_stop)
+host_buffers, unlogged, last_losses = [], b"", deque(maxlen=8)
 bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
-clock, clock_tokens = time.perf_counter(), tokens
-stopped = False
-while iteration < max_iters and not stopped:
+start = clock = last_save = time.perf_counter()
+clock_tokens, stopped, unchecked = tokens, False, None
+while True:
+    evaluate_now = iteration == max_iters or (eval_interval and iteration % eval_interval == 0)
+    if has_val and evaluate_now and 0 < iteration != validated:
+        check_health()
+        val_loss = validate()
+        stopped = val_loss is None
+        if not stopped:
+            validated, best_val_loss, dirty = iteration, min(best_val_loss, val_loss), True
+            log(iter=iteration, val_loss=val_loss)
+            say(f"step {iteration}: validation loss {val_loss:.4f} (best {best_val_loss:.4f})")
+            clock, clock_tokens = time.perf_counter(), tokens
+    due = checkpoint_interval and iteration % checkpoint_interval == 0
+    due = due or (checkpoint_minutes and time.perf_counter() - last_save > 60 * checkpoint_minutes)
+    stopped = stopped or all_agree_to_stop()
+    if iteration >= max_iters or stopped:
+        break
+    if due and dirty and iteration > 0:
+        check_health()
+        save_checkpoint()
+        clock, clock_tokens = time.perf_counter(), tokens
+        last_save = clock
     lr, bp_steps = learning_rate_at(iteration), bp_steps_at(iteration)
-    batch = next(loader)
-    loss = train_step(batch, bp_steps, lr)
+    try:
+        batch = next(loader)
+    except ValueError as e:
+        leave(reason(e))
+    loss, healthy = train_step(batch, bp_steps, lr)
+    iteration, tokens, dirty = iteration + 1, tokens + batch.n_tokens, True
+    bar.update()
+    check_health()  # of the step before, so that the device always has the next one to work on
+    unchecked = iteration, batch.documents, loss, healthy
     if start:
-        over_ranks(loss.clone())
+        loss.item()
         say(f"first step after {time.perf_counter() - start:.1f} s" + (", compilation included" if compile else ""))
         start = None
-    iteration += 1
-    tokens += batch.n_tokens
-    bar.update()
-    stopped = all_agree_to_stop()
-    if iteration % log_interval == 0 or iteration == max_iters or stopped:
-        loss = over_ranks(loss)  # the only wait for the device
+    if iteration % log_interval == 0 or iteration == max_iters:
+        check_health()
+        loss = loss.item()
+        last_losses.append((iteration, loss))
         speed = (tokens - clock_tokens) / (time.perf_counter() - clock)
         mfu = model.flops_per_token(bp_steps) * speed / (peak * world_size) if peak else None
         log(iter=iteration, loss=loss, lr=lr, bp_steps=bp_steps, tokens=tokens, tokens_per_sec=round(speed, 1), mfu=mfu)
         text = f"step {iteration}: loss {loss:.4f}, lr {lr:.2e}, bp_steps {bp_steps}, {speed:,.0f} tokens/s"
         say(text + (f", mfu {mfu:.1%}" if mfu else ""))
         clock, clock_tokens = time.perf_counter(), tokens
-    evaluate_now = iteration == max_iters or (eval_interval and iteration % eval_interval == 0)
-    if evaluate_now and has_val:
-        val_loss = validate()
-        log(iter=iteration, val_loss=val_loss)
-        say(f"step {iteration}: validation loss {val_loss:.4f}")
-        clock, clock_tokens = time.perf_counter(), tokens
-    if checkpoint_interval and iteration % checkpoint_interval == 0:
-        save_checkpoint()
-        clock, clock_tokens = time.perf_counter(), tokens
 bar.close()
-save_checkpoint()
+check_health()
+if world_size > 1:
+    with others():
+        dist.barrier()  # from here on each rank is on its own
+if dirty:
+    save_checkpoint(wait=True)
+if not master:
+    leave(status=0)
 memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
+log_file.close()
+if wandb_log:
+    wandb.finish()
+if saved != iteration:
+    leave(f"{'stopped' if stopped else 'finished'} at step {iteration}, but its checkpoint could not be written")
 say(f"{'stopped' if stopped else 'finished'} at step {iteration}; checkpoint: {out / 'ckpt.pt'}{memory}")
 status = 0
-if master:
-    log_file.close()
-    if wandb_log:
-        wandb.finish()
-if world_size > 1:
-    dist.barrier()
-    if on_cuda:
-        dist.destroy_process_group()
-if master and final_eval and not stopped:
+if final_eval and not stopped:
     evaluation = [Path(__file__).with_name("eval.py"), f"--out_dir={out_dir}", f"--tasks={final_eval}"]
     status = subprocess.run([sys.executable, *evaluation]).returncode
-sys.stdout.flush()
-sys.stderr.flush()
-if world_size > 1:
-    os._exit(status)  # gloo's threads now and then abort a process that winds down in the ordinary way (torch 2.13)
-sys.exit(status)
+leave(status=status)

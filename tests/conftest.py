@@ -97,3 +97,8 @@ def problems_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data") / "problems"
     data.prepare(directory, n_problems=300, n_val_problems=20)
     return directory
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=0, help="kills at random moments, per number of ranks (test_crash)")
+    parser.addoption("--fuzz", type=int, default=25, help="cases per fuzzed kind of input (test_bad_input)")

@@ -58,12 +58,12 @@ def test_trained_tokenizer_round_trips_and_has_the_size_asked_for(tmp_path):
     assert encoding.n_vocab == 300
     for text in TEXTS:
         assert encoding.decode(encoding.encode_ordinary(text)) == text
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": data.save_encoding(encoding, tmp_path)}))
-    again = data.load_encoding(tmp_path)
-    from_file = make_encoding(str(tmp_path / "tokenizer.tiktoken"))
+    prepare(tmp_path / "d", n_problems=300, n_val_problems=1, seed=0, tokenizer="train:300")
+    again, from_file = data.load_encoding(tmp_path / "d"), make_encoding(str(tmp_path / "d" / "tokenizer.tiktoken"))
     for text in TEXTS + [row["instruction"] for row in ROWS]:
-        assert again.encode_ordinary(text) == from_file.encode_ordinary(text) == encoding.encode_ordinary(text)
-    assert again._special_tokens == encoding._special_tokens
+        assert again.encode_ordinary(text) == from_file.encode_ordinary(text)
+        assert again.decode(again.encode_ordinary(text)) == text
+    assert again._special_tokens == encoding._special_tokens == from_file._special_tokens
 
 
 @pytest.mark.parametrize("wrong", ["train:12", "train:x", "no_such_encoding"])

@@ -1,0 +1,66 @@
+"""
+python crash.py SCRIPT ARGS: runs a script that kills itself, with SIGKILL, at the moment that CRASH="moment n" names:
+the nth time (counted from 1) that it comes by. In a run of several ranks, the one of CRASH_RANK alone does.
+"""
+
+import io
+import os
+import runpy
+import signal
+import sys
+
+import torch
+
+SCRIPT, (MOMENT, N) = sys.argv[1], os.environ["CRASH"].split()
+sys.path.insert(0, os.path.dirname(SCRIPT))
+import model  # noqa: E402
+
+passed = 0
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_nth(function):
+    """The function, preceded by death at the nth call."""
+
+    def wrapped(*args, **kwargs):
+        global passed
+        passed += 1
+        if passed == int(N):
+            die()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def half_save(content, file):
+    """torch.save(), of which half reaches the disk at the nth call."""
+    global passed
+    passed += 1
+    whole = io.BytesIO()
+    save(content, whole)
+    if passed == int(N):
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        die()
+    file.write(whole.getvalue())
+
+
+save = torch.save
+if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not int(
+    os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+):
+    if MOMENT == "backward":  # with the gradients of half of the blocks
+        model.after_attention = at_nth(model.after_attention)
+    elif MOMENT == "optimizer":  # with some weights updated and others not
+        torch._foreach_atan_ = at_nth(torch._foreach_atan_)
+    elif MOMENT == "write":
+        torch.save = half_save
+    elif MOMENT == "fsync":
+        os.fsync = at_nth(os.fsync)
+    elif MOMENT == "rename":
+        os.replace = at_nth(os.replace)
+sys.argv = sys.argv[1:]
+runpy.run_path(SCRIPT, run_name="__main__")

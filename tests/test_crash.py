@@ -1,0 +1,256 @@
+"""
+Runs that are killed, and go on to the same bits.
+
+    pytest tests/test_crash.py --kills=50        # besides, so many kills at random moments, on one rank and on two
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import ENV, TINY, checkpoint, command, read_log, run, workplace  # noqa: F401
+
+RUN = [*TINY, "--max_iters=24", "--log_interval=1", "--eval_interval=8", "--checkpoint_interval=3", "--bp_warmup=0.0"]
+
+
+def assert_same_run(a, b):
+    """Two out_dirs hold the same run: all of the checkpoint, and the log but for its speeds."""
+    first, second = checkpoint(a), checkpoint(b)
+    assert first.keys() == second.keys()
+    for key in first.keys() - {"settings", "log_bytes", "wandb_id"}:
+        assert_equal(first[key], second[key], key)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
+    for entry in logs[0] + logs[1]:
+        entry.pop("tokens_per_sec", None)
+    assert logs[0] == logs[1]
+
+
+def assert_equal(a, b, where):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}, {key}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture
+def whole(workplace):  # noqa: F811
+    """A run that nothing happened to."""
+    run(workplace, "train.py", *RUN, "--out_dir=whole")
+    return workplace / "whole"
+
+
+def crash(cwd, moment, *args, launcher=(), **env):
+    """Start train.py so that it kills itself (tests/crash.py), and wait for the end."""
+    start = [sys.executable, *launcher, ROOT / "tests" / "crash.py", ROOT / "train.py", *args]
+    return subprocess.run(start, cwd=cwd, env={**ENV, "CRASH": moment, **env}, capture_output=True, text=True)
+
+
+MOMENTS = [
+    "rename 1",  # the claim of out_dir
+    "backward 40",  # before there is a checkpoint
+    "write 1",
+    "write 2",
+    "fsync 9",
+    "rename 6",  # between the renames: there is no ckpt.pt
+    "optimizer 3",
+    "backward 100",
+    "rename 5",
+]
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits(workplace):  # noqa: F811
+    args, resume, found = [*RUN, "--bp_warmup=0.5"], [], []
+    run(workplace, "train.py", *args, "--out_dir=whole")
+    for moment in MOMENTS:
+        done = crash(workplace, moment, *args, *resume)
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        resume = ["--init_from=resume"] if (workplace / "out" / "run.json").exists() else []  # else nothing was begun
+        found.append(sorted(path.name for path in (workplace / "out").iterdir()))
+        if (workplace / "out" / "log.jsonl").exists():
+            with open(workplace / "out" / "log.jsonl", "a") as log:
+                log.write('{"iter": 99, "lo')  # as a line that a power cut ended
+    run(workplace, "train.py", *args, *resume)
+    assert_same_run(workplace / "out", workplace / "whole")
+    assert "ckpt.pt.part" in found[2] and "ckpt.pt" not in found[2]  # the kills came when they were meant to
+    assert "ckpt.pt" not in found[5] and any(name.startswith("ckpt-") for name in found[5])
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
+def test_pre_emption_saves_and_ends_well(workplace, whole, sign):  # noqa: F811
+    process = subprocess.Popen(command("train.py", *RUN), cwd=workplace, env=ENV)
+    wait_for(lambda: (workplace / "out" / "ckpt.pt").exists())
+    process.send_signal(sign)
+    assert process.wait(timeout=30) == 0
+    run(workplace, "train.py", *RUN, "--init_from=resume")
+    assert_same_run(workplace / "out", whole)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(workplace, whole):  # noqa: F811
+    run(workplace, "train.py", *RUN, "--max_iters=12")
+    path = workplace / "out" / "ckpt.pt"
+    content = path.read_bytes()
+    for damaged in content[: len(content) // 2], content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]:
+        path.write_bytes(damaged)
+        said = run(workplace, "sample.py", "--max_new_tokens=1").stdout
+        assert "ckpt.pt is damaged" in said and "ckpt-00000009.pt instead (step 9)" in said
+    run(workplace, "train.py", *RUN, "--init_from=resume")
+    assert_same_run(workplace / "out", whole)
+    assert {p.name for p in (workplace / "out").glob("ckpt*")} == {"ckpt.pt", "ckpt-00000021.pt"}
+
+
+def test_the_newest_checkpoints_are_kept(workplace):  # noqa: F811
+    for keep, names in (1, {"ckpt.pt"}), (3, {"ckpt.pt", "ckpt-00000021.pt", "ckpt-00000018.pt"}):
+        run(workplace, "train.py", *RUN, f"--keep_checkpoints={keep}", f"--out_dir=keep{keep}")
+        assert {p.name for p in (workplace / f"keep{keep}").glob("ckpt*")} == names
+
+
+def test_checkpoints_by_the_clock(workplace):  # noqa: F811
+    run(workplace, "train.py", *RUN, "--checkpoint_interval=0", "--checkpoint_minutes=0.001", "--keep_checkpoints=99")
+    assert len(list((workplace / "out").glob("ckpt-*.pt"))) > 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
+def test_a_full_disk_does_not_stop_training(workplace, whole):  # noqa: F811
+    (workplace / "out").mkdir()
+    (workplace / "out" / "ckpt.pt.part").symlink_to("/dev/full")  # which is removed with the first failure
+    said = run(workplace, "train.py", *RUN).stdout
+    assert said.count("could not be written") == 1
+    assert "step 3: the checkpoint could not be written (No space left on device" in " ".join(
+        said.replace("[Errno 28] ", "").split()
+    )
+    assert_same_run(workplace / "out", whole)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(workplace):  # noqa: F811
+    (workplace / "out").mkdir()
+    (workplace / "out" / "ckpt.pt.part").symlink_to("/dev/full")
+    done = run(workplace, "train.py", *RUN, "--checkpoint_interval=0", ok=False)
+    assert done.returncode == 1 and "its checkpoint could not be written" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------
+# several ranks
+
+
+def torchrun(*options):
+    return ["-m", "torch.distributed.run", *options]
+
+
+def test_one_rank_dies_all_end_and_torchrun_starts_them_again(workplace):  # noqa: F811
+    """The run is that of two ranks left alone; without restarts, it ends at once and says why."""
+    run(workplace, "train.py", *RUN, "--out_dir=whole", ranks=2)
+    two = torchrun("--standalone", "--nproc_per_node=2", "--max_restarts=1")
+    done = crash(workplace, "optimizer 11", *RUN, launcher=two, CRASH_RANK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming out at step 9" in done.stdout and "has lost another rank" in done.stderr
+    assert_same_run(workplace / "out", workplace / "whole")
+    clock = time.time()
+    done = crash(workplace, "optimizer 11", *RUN, "--out_dir=ends", launcher=two[:-1], CRASH_RANK="1")
+    assert done.returncode == 1 and time.time() - clock < 60
+    assert "has lost another rank" in done.stderr and "Signal 9 (SIGKILL)" in done.stderr
+    done = run(workplace, "train.py", *RUN, "--out_dir=ends", ranks=2, ok=False)  # not by itself: it was started anew
+    assert "ends holds another run already" in done.stderr
+    run(workplace, "train.py", *RUN, "--out_dir=ends", "--init_from=resume", ranks=1)
+    assert read_log(workplace / "ends") == pytest.approx(read_log(workplace / "whole"), rel=1e-5)
+    for key, w in checkpoint(workplace / "whole")["ema"].items():
+        assert (checkpoint(workplace / "ends")["ema"][key] - w).abs().max() < 1e-4 * w.abs().max(), key
+
+
+def nodes(places, *args):
+    """Run train.py under two torchrun agents, as on two machines, which start in `places`. Returns [(rc, output)]."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{s.getsockname()[1]}"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=7"]
+    pipes = dict(env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = [sys.executable, *torchrun(*options), ROOT / "train.py", *args]
+    agents = [subprocess.Popen(start, cwd=place, **pipes) for place in places]
+    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    return [(agent.returncode, output) for agent, output in zip(agents, outputs)]
+
+
+def test_two_nodes_train_and_resume_and_only_the_first_needs_the_checkpoint(workplace, whole, tmp_path_factory):  # noqa: F811
+    other = tmp_path_factory.mktemp("node")
+    (other / "data").symlink_to(workplace / "data")
+    for extra in ["--max_iters=12"], ["--init_from=resume"]:
+        for rc, output in nodes((workplace, other), *RUN, *extra):
+            assert rc == 0, output
+        place = workplace if (workplace / "out").exists() else other  # whichever agent had rank 0
+        if place is other:
+            (other / "out").rename(workplace / "out")
+    assert read_log(workplace / "out") == pytest.approx(read_log(whole), rel=1e-5)
+
+
+def test_ranks_that_disagree_are_told_so(workplace, tmp_path_factory):  # noqa: F811
+    other = tmp_path_factory.mktemp("node")
+    run(other, "data.py", "--n_problems=300", "--n_val_problems=20", "--seed=2")
+    results = nodes((workplace, other), *RUN)
+    assert all(rc == 1 for rc, _ in results)
+    output = results[0][1] + results[1][1]
+    assert "rank 1: unlike on rank 0, data/problems/train.bin is" in output and "has lost" not in output
+    assert not (workplace / "out").exists() and not (other / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# by option
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_random_kills(workplace, request, ranks):  # noqa: F811
+    """As often as --kills says, at random moments, with random times of checkpoints."""
+    kills = request.config.getoption("--kills")
+    if not kills:
+        pytest.skip("runs with --kills=N")
+    args = [*TINY, "--max_iters=400", "--log_interval=7", "--eval_interval=50"]
+    run(workplace, "train.py", *args, "--out_dir=whole", ranks=ranks)
+    done = resumes = rounds = 0
+    rng = random.Random(ranks)
+    while done < kills:
+        out = f"round{rounds}"
+        rounds += 1
+        resume = []
+        while True:
+            times = [f"--checkpoint_interval={rng.randint(1, 30)}", f"--checkpoint_minutes={rng.choice((0.0, 0.001))}"]
+            start = command("train.py", *args, *times, f"--out_dir={out}", *resume, ranks=ranks)
+            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True)
+            process = subprocess.Popen(start, cwd=workplace, env=ENV, **quiet)
+            resume = ["--init_from=resume"] if (workplace / out / "run.json").exists() or resume else []
+            try:
+                _, said = process.communicate(timeout=rng.uniform(1, 8) + 4 * (ranks - 1))
+            except subprocess.TimeoutExpired:
+                for pid in children(process.pid):
+                    os.kill(pid, signal.SIGKILL)
+                process.communicate()
+                done += 1
+                resume = ["--init_from=resume"] if (workplace / out / "run.json").exists() else []
+                resumes += bool(resume)
+                continue
+            assert process.returncode == 0, said
+            break
+        assert_same_run(workplace / out, workplace / "whole")
+        print(f"{ranks} rank(s): {done} kills, {resumes} resumes, {rounds} runs, 0 mismatches", flush=True)
+
+
+def children(pid):
+    """A process and all below it, the outermost first."""
+    below = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(p for child in below for p in children(int(child)))]
