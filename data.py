@@ -541,8 +541,10 @@ def to_pair(row, fields, condition="", answer="", strip_annotations=False):
             return f"empty {key}"
         if len(text) > LONGEST:
             return f"{key} longer than {LONGEST:,} characters"
-        if "\0" in text or not is_unicode(text):
-            return f"a NUL character or half a surrogate pair in the {key}"
+        if "\0" in text:
+            return f"a NUL character in the {key}"
+        if not is_unicode(text):
+            return f"half a surrogate pair in the {key}"
     instruction, response = pair
     if strip_annotations:
         response = re.sub(r"<<[^<>]*>>", "", response)

@@ -526,7 +526,9 @@ def read_json(path):
 
 
 def check_kinds(content, **kinds):
-    """Raise KeyError or ValueError unless a dict has these keys, with values of these types."""
+    """Raise KeyError or ValueError unless `content` is a dict that has these keys, with values of these types."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(content)[:40]!r} stands where a dict of {', '.join(kinds)} should")
     for key, kind in kinds.items():
         if type(content[key]) is not kind:
             raise ValueError(f"{key} is {str(content[key])[:40]!r}, of type {type(content[key]).__name__}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 from configurator import configure
-from model import choose_device, local_directory, reason
+from model import blamed_on, choose_device, local_directory, reason
 
 # ----------------------------------------------------------------------------------------------------
 # settings
@@ -59,9 +59,11 @@ def answer(instruction):
 
 try:
     if prompt.startswith("FILE:"):
-        file, prompt = prompt, Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").strip()
+        file = Path(prompt.removeprefix("FILE:"))
+        with blamed_on(file):
+            prompt = file.read_text(encoding="utf-8").strip()
         if not prompt:
-            raise ValueError(f"{file.removeprefix('FILE:')} is empty")
+            raise ValueError(f"{file} is empty")
     device, dtype = choose_device(device, dtype)
     source = local_directory(init_from) if init_from else out_dir
     model, encoding = data.load_for_inference(source, average, device, dtype)

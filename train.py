@@ -11,6 +11,7 @@ changes nothing but speed and memory. Ctrl-C, SIGTERM and SIGUSR1 finish the ste
 whenever that was, goes on to the same weights, bit for bit; under torchrun --max-restarts=N it does so by itself.
 """
 
+import ast
 import hashlib
 import json
 import math
@@ -216,6 +217,11 @@ def check_settings():
         raise ValueError("out_dir, dataset and init_from must be names, and out_dir that of a directory")
     if init_from not in ("scratch", "resume") and out.resolve() == Path(init_from).resolve():
         raise ValueError(f"init_from is out_dir ({out}); give the new run another with --out_dir")
+    tree = ast.parse(Path(__file__).with_name("eval.py").read_text(encoding="utf-8"))  # a script, so not to be imported
+    tasks = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "TASKS")
+    unknown = {name.strip() for name in final_eval.split(",") if final_eval} - {key.value for key in tasks.keys}
+    if unknown:
+        raise ValueError(f"final_eval: eval.py has no task {', '.join(unknown)}")
     if wandb_log:
         try:
             import wandb  # noqa: F401
@@ -227,8 +233,22 @@ def older(step):
     return out / f"ckpt-{step:08d}.pt"
 
 
+def lock_out_dir():
+    """Raise ValueError if another process holds this lock, which ends with a process however that ends."""
+    try:
+        import fcntl  # which Windows lacks
+
+        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {out}") from None
+    except (ImportError, OSError):
+        pass  # a system without such locks
+
+
 def open_out_dir():
     """(what to start from, checkpoint or None). Raises ValueError if out_dir holds what is not this run's."""
+    if out.is_dir():
+        lock_out_dir()
     claimed = read_json(out / "run.json") if (out / "run.json").exists() else {}
     again = init_from == "resume" or (restarts and claimed.get("launch") == launch)
     if again and checkpoints(out):
@@ -358,7 +378,9 @@ dirty = saved is None  # whether there is more than it holds
 del ckpt, head
 try:
     if master:
-        out.mkdir(parents=True, exist_ok=True)
+        if not out.is_dir():
+            out.mkdir(parents=True)
+            lock_out_dir()
         claim = {"launch": launch, "init_from": origin, "settings": settings}
         replace_file(out / "run.json", json.dumps(claim, indent=1).encode())
         for name in "meta.json", "tokenizer.tiktoken":  # so that sample.py and eval.py need only out_dir
@@ -367,7 +389,8 @@ try:
             os.replace(older(saved), out / "ckpt.pt")
         log_file = open(out / "log.jsonl", "ab", buffering=0)
         log_file.truncate(min(log_bytes, log_file.tell()))  # without what a killed run logged after its last checkpoint
-except OSError as e:
+        log_file.seek(0, os.SEEK_END)
+except (ValueError, OSError) as e:
     trouble = reason(e)
 end_on(trouble)
 if wandb_log and master:

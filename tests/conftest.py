@@ -102,3 +102,12 @@ def problems_dir(tmp_path_factory):
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=0, help="kills at random moments, per number of ranks (test_crash)")
     parser.addoption("--fuzz", type=int, default=25, help="cases per fuzzed kind of input (test_bad_input)")
+
+
+def pytest_configure(config):
+    from hypothesis import HealthCheck, settings
+
+    cases, checks = config.getoption("--fuzz"), list(HealthCheck)
+    settings.register_profile("fuzz", max_examples=cases, deadline=None, database=None, suppress_health_check=checks)
+    settings.register_profile("suite", settings.get_profile("fuzz"), derandomize=True)  # the same cases every time
+    settings.load_profile("suite" if cases == 25 else "fuzz")

@@ -1,9 +1,11 @@
 """
 python crash.py SCRIPT ARGS: runs a script that kills itself, with SIGKILL, at the moment that CRASH="moment n" names:
-the nth time (counted from 1) that it comes by. In a run of several ranks, the one of CRASH_RANK alone does.
+the nth time (counted from 1) that it comes by. In a run of several ranks, the one of CRASH_RANK alone does. Two moments
+do not kill: at "loss" the loss is nan, and at "gradient" the gradients are infinite.
 """
 
 import io
+import math
 import os
 import runpy
 import signal
@@ -48,7 +50,18 @@ def half_save(content, file):
     file.write(whole.getvalue())
 
 
-save = torch.save
+def at_nth_spoiled(self, *args):
+    """HRM.forward(), whose loss or gradient is spoiled at the nth call that is for training."""
+    global passed
+    logits, loss = forward(self, *args)
+    passed += torch.is_grad_enabled()
+    if torch.is_grad_enabled() and passed == int(N):
+        loss = loss * (math.nan if MOMENT == "loss" else 1)
+        loss.register_hook(lambda grad: grad * math.inf)
+    return logits, loss
+
+
+save, forward = torch.save, model.HRM.forward
 if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not int(
     os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
 ):
@@ -56,6 +69,8 @@ if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not int(
         model.after_attention = at_nth(model.after_attention)
     elif MOMENT == "optimizer":  # with some weights updated and others not
         torch._foreach_atan_ = at_nth(torch._foreach_atan_)
+    elif MOMENT in ("loss", "gradient"):
+        model.HRM.forward = at_nth_spoiled
     elif MOMENT == "write":
         torch.save = half_save
     elif MOMENT == "fsync":

@@ -18,6 +18,8 @@ import torch
 from conftest import ROOT
 from test_train import ENV, TINY, checkpoint, command, read_log, run, workplace  # noqa: F401
 
+import data
+
 RUN = [*TINY, "--max_iters=24", "--log_interval=1", "--eval_interval=8", "--checkpoint_interval=3", "--bp_warmup=0.0"]
 
 
@@ -44,11 +46,14 @@ def assert_equal(a, b, where):
         assert a == b, where
 
 
-@pytest.fixture
-def whole(workplace):  # noqa: F811
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, problems_dir):
     """A run that nothing happened to."""
-    run(workplace, "train.py", *RUN, "--out_dir=whole")
-    return workplace / "whole"
+    place = tmp_path_factory.mktemp("whole")
+    (place / "data").mkdir()
+    (place / "data" / "problems").symlink_to(problems_dir)
+    run(place, "train.py", *RUN)
+    return place / "out"
 
 
 def crash(cwd, moment, *args, launcher=(), **env):
@@ -59,19 +64,19 @@ def crash(cwd, moment, *args, launcher=(), **env):
 
 MOMENTS = [
     "rename 1",  # the claim of out_dir
-    "backward 40",  # before there is a checkpoint
+    "backward 20",  # before there is a checkpoint
     "write 1",
     "write 2",
     "fsync 9",
-    "rename 6",  # between the renames: there is no ckpt.pt
+    "rename 5",  # between the renames: there is no ckpt.pt
     "optimizer 3",
     "backward 100",
-    "rename 5",
+    "rename 4",
 ]
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(workplace):  # noqa: F811
-    args, resume, found = [*RUN, "--bp_warmup=0.5"], [], []
+    args, resume, found = [*RUN, "--bp_warmup=0.5", "--log_interval=4"], [], []
     run(workplace, "train.py", *args, "--out_dir=whole")
     for moment in MOMENTS:
         done = crash(workplace, moment, *args, *resume)
@@ -117,6 +122,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(workplace, whole):  # 
     assert {p.name for p in (workplace / "out").glob("ckpt*")} == {"ckpt.pt", "ckpt-00000021.pt"}
 
 
+def test_two_processes_do_not_share_an_out_dir(workplace):  # noqa: F811
+    args = [*TINY, "--max_iters=100000"]
+    process = subprocess.Popen(command("train.py", *args), cwd=workplace, env=ENV, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (workplace / "out" / "log.jsonl").exists())
+    for extra in [], ["--init_from=resume"]:
+        done = run(workplace, "train.py", *args, *extra, ok=False)
+        assert "another process is writing to out" in done.stderr and "Traceback" not in done.stderr
+    process.kill()
+    process.wait()
+    run(workplace, "train.py", *TINY, "--max_iters=1", "--init_from=resume")
+
+
 def test_the_newest_checkpoints_are_kept(workplace):  # noqa: F811
     for keep, names in (1, {"ckpt.pt"}), (3, {"ckpt.pt", "ckpt-00000021.pt", "ckpt-00000018.pt"}):
         run(workplace, "train.py", *RUN, f"--keep_checkpoints={keep}", f"--out_dir=keep{keep}")
@@ -145,6 +162,45 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(workplace):  # noq
     (workplace / "out" / "ckpt.pt.part").symlink_to("/dev/full")
     done = run(workplace, "train.py", *RUN, "--checkpoint_interval=0", ok=False)
     assert done.returncode == 1 and "its checkpoint could not be written" in done.stderr
+
+
+@pytest.mark.parametrize("what, ranks", [("loss", 1), ("gradient", 1), ("loss", 2)])
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(workplace, whole, what, ranks):  # noqa: F811
+    """It tells the step, the documents, the losses before and the checkpoint, which is as it was."""
+    launcher = torchrun("--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else []
+    done = crash(workplace, f"{what} 5", *RUN, launcher=launcher, CRASH_RANK=str(ranks - 1))
+    sentence = next(line for line in done.stderr.splitlines() if line.startswith("train.py: "))
+    told = "the loss is nan" if what == "loss" else "a gradient is not finite"
+    loader = data.Loader(workplace / "data" / "problems", "train", 4, 256, 1337)
+    documents = [next(loader).documents for _ in range(5)][4]
+    for part in (
+        f"step 5: {told}; its {len(documents)} documents of data/problems/train.bin ({documents[0]}, {documents[1]}, ",
+        f"{read_log(whole)[4]:.4f} at 4",
+        "checkpoint to return to: out/ckpt.pt (step 3)",
+    ):
+        assert part in sentence
+    assert done.returncode == 1 and ranks > 1 or "Traceback" not in done.stderr
+    assert json.loads((workplace / "out" / "nonfinite.jsonl").read_text())["documents"] == documents
+    run(workplace, "train.py", *RUN, "--init_from=resume")
+    if ranks == 1:
+        assert_same_run(workplace / "out", whole)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_such_a_step_is_skipped_on_request(workplace, what):  # noqa: F811
+    args = [*RUN, "--max_iters=8", "--checkpoint_interval=1", "--keep_checkpoints=9"]
+    done = crash(workplace, f"{what} 5", *args, "--skip_nonfinite=1")
+    assert done.returncode == 0 and "skipped, 1 of at most 1" in done.stdout, done.stderr
+    before, after = (torch.load(workplace / "out" / f"ckpt-0000000{i}.pt", weights_only=True) for i in (4, 5))
+    for key in "model", "ema":
+        assert_equal(before[key], after[key], key)
+    assert_equal(before["optimizer"]["state"], after["optimizer"]["state"], "optimizer")
+    assert (before["skipped"], after["skipped"]) == (0, 1) and before["loader"] != after["loader"]
+    weights = [
+        torch.load(workplace / "out" / name, weights_only=True)["model"] for name in ("ckpt-00000005.pt", "ckpt.pt")
+    ]
+    assert not torch.equal(*(w["lm_head"] for w in weights))
+    assert read_log(workplace / "out")[5] == pytest.approx(None) or what == "gradient"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -237,8 +293,7 @@ def test_random_kills(workplace, request, ranks):  # noqa: F811
             try:
                 _, said = process.communicate(timeout=rng.uniform(1, 8) + 4 * (ranks - 1))
             except subprocess.TimeoutExpired:
-                for pid in children(process.pid):
-                    os.kill(pid, signal.SIGKILL)
+                kill_all(process.pid)
                 process.communicate()
                 done += 1
                 resume = ["--init_from=resume"] if (workplace / out / "run.json").exists() else []
@@ -250,7 +305,10 @@ def test_random_kills(workplace, request, ranks):  # noqa: F811
         print(f"{ranks} rank(s): {done} kills, {resumes} resumes, {rounds} runs, 0 mismatches", flush=True)
 
 
-def children(pid):
-    """A process and all below it, the outermost first."""
+def kill_all(pid):
+    """Kill a process and all below it, none of which can start another meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
     below = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    return [pid, *(p for child in below for p in children(int(child)))]
+    for child in below:
+        kill_all(int(child))
+    os.kill(pid, signal.SIGKILL)

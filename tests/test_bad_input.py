@@ -1,0 +1,367 @@
+"""
+What is wrong with an input is told in one sentence, and nothing is written.
+
+    pytest tests/test_bad_input.py -s -k sentence         # prints the table of sentences
+    pytest tests/test_bad_input.py --fuzz=2000            # so many cases of each kind of input
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from test_train import ENV, TINY, command, run
+
+import data
+from configurator import configure, settings_of
+from model import HRM, AdamATan2, blamed_on, load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, problems_dir):
+    """A directory with data/problems and a run of one step in out/."""
+    place = tmp_path_factory.mktemp("trained")
+    shutil.copytree(problems_dir, place / "data" / "problems")
+    run(place, "train.py", *TINY, "--max_iters=1")
+    return place
+
+
+def damage(path, change, seal=False):
+    """Replace a file's bytes by change(bytes); with `seal`, its checksum in meta.json too, as a forger would."""
+    path.write_bytes(change(path.read_bytes()))
+    if seal:
+        meta = json.loads((path.parent / "meta.json").read_text())
+        meta["checksums"][path.name] = data.fingerprint(path)
+        (path.parent / "meta.json").write_text(json.dumps(meta))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def line(content):
+    """A case: data.py on a file whose third line is this."""
+
+    def make(place):
+        good = b'{"instruction": "a", "response": "b"}\n'
+        place.joinpath("x.jsonl").write_bytes(good + b"\n" + content + b"\n" + good)
+
+    return "data.py --source=x.jsonl --dataset=x --too_long=stop", make
+
+
+def nobody_may_write(place):
+    (place / "closed").mkdir(mode=0o555)
+    if os.geteuid() == 0:  # whom no mode keeps out
+        (place / "closed").rmdir()
+        (place / "closed").symlink_to("/proc/sys")
+
+
+def other_shape(place):
+    run(place, "train.py", *TINY, "--max_iters=1", "--out_dir=wide", "--n_embd=64")
+    shutil.copy(place / "wide" / "ckpt.pt", place / "out" / "ckpt.pt")
+
+
+def other_tokenizer(place):
+    """A train.bin of the same number of ids, written with another tokenizer."""
+    shutil.copytree(place / "data" / "problems", place / "data" / "mixed")
+    damage(
+        place / "data" / "mixed" / "train.bin",
+        lambda b: bytes((x + 1) % 200 if i % 2 == 0 else 0 for i, x in enumerate(b)),
+    )
+
+
+TRAIN = "train.py " + " ".join(TINY) + " --max_iters=1"
+MIXED = f"{TRAIN} --out_dir=new --dataset=problems"
+IN_BIN, IN_META, IN_IDX = (f"data/problems/{name}" for name in ("train.bin", "meta.json", "train.idx"))
+CASES = {  # name: (command, what to do to the directory before, what the sentence must say)
+    "malformed JSON": (*line(b'{"instruction": "a", "resp'), "x.jsonl, line 3: not a JSON object"),
+    "JSON that is no object": (*line(b'["a", "b"]'), "x.jsonl, line 3: not a JSON object"),
+    "deep JSON": (*line(b"[" * 100000), "x.jsonl, line 3: not a JSON object"),
+    "wrong type": (
+        *line(b'{"instruction": 3, "response": "b"}'),
+        "line 3: no text in the field 'instruction'",
+    ),
+    "missing field": (*line(b'{"instruction": "a"}'), "x.jsonl, line 3: no text in the field 'response'"),
+    "empty instruction": (*line(b'{"instruction": " ", "response": "b"}'), "x.jsonl, line 3: empty instruction"),
+    "empty response": (*line(b'{"instruction": "a", "response": ""}'), "x.jsonl, line 3: empty response"),
+    "unknown condition": (
+        *line(b'{"instruction": "a", "response": "b", "condition": ["cot"]}'),
+        "x.jsonl, line 3: unknown condition ['cot']",
+    ),
+    "invalid UTF-8": (*line(b'{"instruction": "\xff", "response": "b"}'), "x.jsonl, line 3: not UTF-8"),
+    "half a surrogate pair": (
+        *line(b'{"instruction": "\\ud800", "response": "b"}'),
+        "line 3: half a surrogate pair in",
+    ),
+    "NUL byte": (*line(b'{"instruction": "\0", "response": "b"}'), "x.jsonl, line 3: a NUL byte"),
+    "NUL character": (*line(b'{"instruction": "a", "response": "\\u0000"}'), "line 3: a NUL character in"),
+    "line of 50 MB": (
+        *line(b'{"instruction": "a", "response": "' + b"x" * 50_000_000 + b'"}'),
+        "x.jsonl, line 3: longer than 16,777,216 bytes",
+    ),
+    "over-long document": (
+        *line(b'{"instruction": "a", "response": "' + b"x" * 2000 + b'"}'),
+        "x.jsonl, line 3: 2004 tokens, longer than block_size = 1024",
+    ),
+    "ids beyond the vocabulary": (
+        MIXED,
+        lambda place: damage(place / IN_BIN, lambda b: b"\xff\xff" * (len(b) // 2), seal=True),
+        "has the id 65535, beyond the vocabulary of 263",
+    ),
+    "truncated bin": (MIXED, lambda place: damage(place / IN_BIN, lambda b: b[:-100]), "train.bin is damaged"),
+    "truncated bin, forged": (
+        MIXED,
+        lambda place: damage(place / IN_BIN, lambda b: b[:-100], seal=True),
+        "train.bin is damaged: it has",
+    ),
+    "damaged index": (
+        MIXED,
+        lambda place: damage(place / IN_IDX, lambda b: b[:8] + b"\xff\xff" + b[10:], seal=True),
+        "train.idx is damaged: document 0 cannot be from 0 to",
+    ),
+    "bin of another tokenizer": (
+        f"{TRAIN} --out_dir=new --dataset=mixed",
+        other_tokenizer,
+        "not the file that data/mixed",
+    ),
+    "meta.json lies about the vocabulary": (MIXED, lambda place: edit(place / IN_META, vocab_size=300), "300"),
+    "meta.json lies about the dtype": (MIXED, lambda place: edit(place / IN_META, dtype="uint32"), "dtype is uint32"),
+    "meta.json is not JSON": (MIXED, lambda place: damage(place / IN_META, lambda b: b[:99]), "meta.json is damaged"),
+    "meta.json lacks a key": (
+        MIXED,
+        lambda place: (place / IN_META).write_text("{}"),
+        "meta.json is damaged: it lacks",
+    ),
+    "unknown setting": (f"{TRAIN} --stesp=3", None, "there is no setting 'stesp'"),
+    "typo in a config file": (
+        "train.py c.py",
+        lambda place: (place / "c.py").write_text("max_itres = 3\n"),
+        "c.py: there is no setting 'max_itres'; did you mean 'max_iters'?",
+    ),
+    "out_dir without rights": (f"{TRAIN} --out_dir=closed/out", nobody_may_write, "closed/out"),
+    "unknown task": ("eval.py --tasks=gsm9k", None, "problems, gsm8k, not 'gsm9k'"),
+    "unknown final_eval": (f"{TRAIN} --out_dir=new --final_eval=gsm9k", None, "gsm9k"),
+    "checkpoint of another architecture": (f"{TRAIN} --init_from=resume", other_shape, "holds another model"),
+    "checkpoint whose weights are not its configuration's": (
+        "sample.py",
+        lambda place: lie(place / "out" / "ckpt.pt"),
+        "ckpt.pt is damaged: ",
+    ),
+    "damaged checkpoint": ("sample.py", lambda place: damage(place / "out" / "ckpt.pt", lambda b: b[:9000]), "damaged"),
+    "out_dir that holds another run": (TRAIN, None, "out holds another run already"),
+    "out_dir that holds a dataset": (f"{TRAIN} --out_dir=data/problems", None, "data/problems holds"),
+    "dataset's name taken by something else": (
+        "data.py --dataset=mine",
+        lambda place: (place / "data" / "mine").mkdir(),
+        "data/mine exists and is no prepared dataset",
+    ),
+    "prompt that is no text": (
+        "sample.py --prompt=FILE:p.txt",
+        lambda place: (place / "p.txt").write_bytes(b"\xff\xfe"),
+        "p.txt",
+    ),
+}
+
+
+def lie(path):
+    ckpt = torch.load(path, weights_only=True)
+    ckpt["config"]["n_embd"] = 64
+    torch.save(ckpt, path)
+
+
+def tree(place):
+    """{path: content} of everything under a directory."""
+    files = (path for path in place.rglob("*") if not path.is_symlink())
+    return {path: hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None for path in files}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_ends_with_a_sentence(name, trained, tmp_path):
+    start, prepare, must_say = CASES[name]
+    place = tmp_path / "place"
+    shutil.copytree(trained, place)
+    if prepare:
+        prepare(place)
+    before = tree(place)
+    done = subprocess.run(command(*start.split()), cwd=place, env=ENV, capture_output=True, text=True)
+    said = [text for text in done.stderr.splitlines() if text.startswith((start.split()[0] + ":", "--", "c.py"))]
+    print(f"{name} | {' '.join(said)} | {done.returncode}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert len(said) == 1 and must_say in said[0], done.stderr
+    after = tree(place)
+    assert before.items() <= after.items()
+    assert len(after) == len(before) or name == "ids beyond the vocabulary"  # found when their turn comes
+
+
+# ----------------------------------------------------------------------------------------------------
+# fuzz: whatever the bytes, either it works or it ends with a sentence
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["cot", "train", "uint16"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+edits = st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9))  # where, how many bytes go, what comes
+
+
+def spoiled(content, changes):
+    for where, gone, new in changes:
+        at = int(where * len(content))
+        content = content[:at] + new + content[at + gone :]
+    return content
+
+
+def paths_in(content, path=()):
+    """Every place in nested dicts and lists, as tuples of keys."""
+    keys = content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+    return [path, *(p for key in keys for p in paths_in(content[key], (*path, key)))]
+
+
+def replaced(content, path, value):
+    """A copy with `value` at a path; without the key, if that is Ellipsis."""
+    if not path:
+        return {} if value is ... else value
+    copy = content.copy()
+    if value is ... and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = replaced(content[path[0]], path[1:], value)
+    return copy
+
+
+def works_or_says(attempt):
+    """Anything but a ValueError or an OSError of one line is a traceback to the user."""
+    try:
+        return attempt()
+    except (ValueError, OSError) as e:
+        assert str(e) and "\n" not in str(e), e
+
+
+rows = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("instruction", "response", "condition"), values | st.text(min_size=1))
+)
+lines = st.lists(
+    rows.map(lambda row: json.dumps(row).encode()) | values.map(lambda v: json.dumps(v).encode()) | st.binary()
+)
+
+
+@given(lines, st.booleans(), st.sampled_from(["truncate", "drop", "stop"]))
+def test_fuzz_jsonl(tmp_path_factory, lines, skip_bad, too_long):
+    place = tmp_path_factory.mktemp("jsonl")
+    (place / "x.jsonl").write_bytes(b"\n".join(lines))
+    options = dict(source=str(place / "x.jsonl"), skip_bad=skip_bad, too_long=too_long, block_size=16, val_fraction=0.0)
+    meta = works_or_says(lambda: data.prepare(place / "d", threads=1, **options))
+    assert {path.name for path in place.iterdir()} == {"x.jsonl"} | ({"d"} if meta else set())
+    if meta:
+        n = sum(len(batch.documents) for batch in data.Loader(place / "d", "train", 2, 16, epochs=1))
+        assert n == meta["splits"]["train"]["documents"]
+    shutil.rmtree(place)
+
+
+def read_all(directory):
+    meta = data.read_meta(directory)
+    for name in data.FILES:
+        data.check_file(directory, name, meta)
+    data.load_encoding(directory).decode([1, 2])
+    data.usual_condition(directory)
+    for split in "train", "val":
+        if meta["splits"][split]["documents"]:
+            list(data.Loader(directory, split, 2, 256, epochs=1))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small") / "d"
+    data.prepare(directory, n_problems=20, n_val_problems=5)
+    read_all(directory)
+    return directory
+
+
+@given(st.data())
+def test_fuzz_meta_json(small, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("meta") / "d"
+    shutil.copytree(small, place)
+    if data.draw(st.booleans()):
+        damage(
+            place / "meta.json", lambda content: spoiled(content, data.draw(st.lists(edits, min_size=1, max_size=3)))
+        )
+    else:
+        meta = json.loads((place / "meta.json").read_text())
+        path = data.draw(st.sampled_from(paths_in(meta)))
+        (place / "meta.json").write_text(json.dumps(replaced(meta, path, data.draw(values | st.just(...)))))
+    works_or_says(lambda: read_all(place))
+    shutil.rmtree(place)
+
+
+@given(st.sampled_from(data.FILES), st.lists(edits, min_size=1, max_size=3), st.booleans())
+def test_fuzz_bins(small, tmp_path_factory, name, changes, seal):
+    place = tmp_path_factory.mktemp("bins") / "d"
+    shutil.copytree(small, place)
+    damage(place / name, lambda content: spoiled(content, changes), seal)
+    works_or_says(lambda: read_all(place))
+    shutil.rmtree(place)
+
+
+def resume(place):
+    """What train.py does with a checkpoint."""
+    ckpt = load_checkpoint(place)
+    model = HRM.from_pretrained(place)
+    with blamed_on(place / "ckpt.pt"):
+        model.load_state_dict(ckpt["model"])
+        AdamATan2(model.parameters(), lr=1e-3, ema=0.9).load_state_dict(ckpt["optimizer"])
+    data.Loader(place.parent / "data" / "problems", "train", 4, 256, 1337, state=ckpt["loader"])
+    return ckpt
+
+
+@given(st.data())
+def test_fuzz_checkpoint(trained, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("ckpt")
+    (place / "data").symlink_to(trained / "data")
+    shutil.copytree(trained / "out", place / "out")
+    path = place / "out" / "ckpt.pt"
+    if data.draw(st.booleans()):
+        changes = data.draw(st.lists(edits, min_size=1, max_size=3))
+        damage(path, lambda content: spoiled(content, changes))
+    else:
+        ckpt = torch.load(path, weights_only=True)
+        where = data.draw(st.sampled_from(paths_in(ckpt)))
+        tensors = st.sampled_from([torch.zeros(2), torch.zeros(2, 32, dtype=torch.int64), torch.zeros(0)])
+        torch.save(replaced(ckpt, where, data.draw(values | tensors | st.just(...))), path)
+    works_or_says(lambda: resume(place / "out"))
+    shutil.rmtree(place)
+
+
+DEFAULTS = {}
+for assignment in settings_of(ROOT / "train.py").values():
+    exec(assignment, DEFAULTS)
+DEFAULTS.pop("__builtins__")
+names = st.sampled_from(list(DEFAULTS)) | st.text()
+python = st.lists(st.tuples(names, values.map(repr) | st.text()).map(" = ".join)).map("\n".join) | st.text()
+
+
+@given(st.binary() | python.map(lambda text: text.encode(errors="replace")))
+def test_fuzz_config_file(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("config") / "c.py"
+    path.write_bytes(content)
+    configured([str(path)])
+
+
+@given(st.lists(st.tuples(names, values.map(repr) | st.text()).map(lambda pair: f"--{pair[0]}={pair[1]}") | st.text()))
+def test_fuzz_arguments(arguments):
+    configured([a for a in arguments if a not in ("-h", "--help")])
+
+
+def configured(argv):
+    try:
+        settings = configure({"__file__": str(ROOT / "train.py"), "__doc__": "", **DEFAULTS}, argv)
+    except SystemExit as e:
+        assert isinstance(e.code, str) and e.code.strip()
+        assert "\n" not in e.code or "\n" in "".join(argv)
+    else:
+        assert all(type(settings[key]) is type(value) for key, value in DEFAULTS.items())
