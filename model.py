@@ -542,6 +542,15 @@ def replace_file(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+    sync_directory(Path(path).parent)
+
+
+def sync_directory(directory):
+    """Flush a directory's names to the disk, where the system has that."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(directory, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def checkpoints(directory):

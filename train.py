@@ -23,7 +23,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import islice
@@ -49,6 +49,7 @@ from model import (
     read_json,
     reason,
     replace_file,
+    sync_directory,
 )
 
 # ----------------------------------------------------------------------------------------------------
@@ -390,13 +391,17 @@ try:
         log_file = open(out / "log.jsonl", "ab", buffering=0)
         log_file.truncate(min(log_bytes, log_file.tell()))  # without what a killed run logged after its last checkpoint
         log_file.seek(0, os.SEEK_END)
+        if wandb_log:
+            import wandb
+
+            names = dict(project=wandb_project, name=wandb_run_name or None, id=wandb_id)
+            try:
+                wandb.init(**names, resume="allow", config=settings)
+            except wandb.Error as e:
+                raise ValueError(f"wandb: {reason(e)}") from None
 except (ValueError, OSError) as e:
     trouble = reason(e)
 end_on(trouble)
-if wandb_log and master:
-    import wandb
-
-    wandb.init(project=wandb_project, name=wandb_run_name or None, id=wandb_id, resume="allow", config=settings)
 model.compute_dtype, model.attention, model.recompute_blocks = dtype, attention, recompute_blocks
 if compile:
     try:  # a machine without a C++ compiler or Triton still trains
@@ -475,7 +480,7 @@ def check_health():
     i, documents, loss, _ = step
     what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
     if master:
-        with open(out / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+        with suppress(OSError), open(out / "nonfinite.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"iter": i, "loss": str(loss.item()), "documents": documents}) + "\n")
     named = ", ".join(map(str, documents[:10])) + (", ..." if len(documents) > 10 else "")
     where = f"its {len(documents)} documents of {data_dir / 'train.bin'} ({named}) are in {out / 'nonfinite.jsonl'}"
@@ -561,10 +566,8 @@ def save_checkpoint(wait=False):
     if writer:
         writer.join()
     names = {p: name for name, p in model.named_parameters()}
-    try:
+    with suppress(OSError):  # log() has told of it
         os.fsync(log_file.fileno())
-    except OSError:
-        pass  # log() has told of it
     ckpt = {
         "model": dict(model.state_dict()),
         "ema": {names[p]: state["ema"] for p, state in optimizer.state.items()} if ema else {},
@@ -601,14 +604,16 @@ def write_checkpoint(ckpt):
         if keep_checkpoints > 1 and saved is not None and saved < ckpt["iter"] and newest.exists():
             os.replace(newest, older(saved))
         os.replace(part, newest)
+        sync_directory(out)
         saved = ckpt["iter"]
         kept = [path for path in checkpoints(out)[1:] if path < older(saved)][: keep_checkpoints - 1]
         for path in set(checkpoints(out)[1:]) - set(kept):  # later ones are from before a return to an earlier step
             path.unlink()
-    except (OSError, RuntimeError) as e:
+    except Exception as e:
         while e.__context__ and not isinstance(e, OSError):  # torch hides the disk's answer behind its own
             e = e.__context__
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         last = f"the last good one is of step {saved}" if saved is not None else "there is none before"
         say(f"step {ckpt['iter']}: the checkpoint could not be written ({reason(e)}); training goes on, {last}")
 

@@ -122,6 +122,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(workplace, whole):  # 
     assert {p.name for p in (workplace / "out").glob("ckpt*")} == {"ckpt.pt", "ckpt-00000021.pt"}
 
 
+WANDB = """
+import json
+class Error(Exception): pass
+def put(**entry):
+    with open("wandb.jsonl", "a") as file: file.write(json.dumps(entry) + "\\n")
+def init(project, name, id, resume, config): put(id=id, resume=resume)
+def log(entry, step): put(step=step, loss=entry.get("loss"))
+def finish(): pass
+"""
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(workplace):  # noqa: F811
+    (workplace / "wandb.py").write_text(WANDB)
+    env = {**ENV, "PYTHONPATH": str(workplace)}
+    for extra in ["--max_iters=3"], ["--max_iters=6", "--init_from=resume"]:
+        start = command("train.py", *RUN, "--wandb_log=True", "--eval_interval=0", *extra)
+        assert subprocess.run(start, cwd=workplace, env=env).returncode == 0
+    entries = [json.loads(line) for line in (workplace / "wandb.jsonl").read_text().splitlines()]
+    first, second = (e["id"] for e in entries if "id" in e)
+    assert first == second == checkpoint(workplace / "out")["wandb_id"]
+    assert [e["step"] for e in entries if e.get("loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_two_processes_do_not_share_an_out_dir(workplace):  # noqa: F811
     args = [*TINY, "--max_iters=100000"]
     process = subprocess.Popen(command("train.py", *args), cwd=workplace, env=ENV, stdout=subprocess.DEVNULL)
