@@ -42,8 +42,8 @@ def run_config(path):
         sys.exit(f"there is no config file {path}" + (f"; did you mean --{path}?" if "=" in path else ""))
     try:
         values = runpy.run_path(path)
-    except Exception as e:
-        sys.exit(f"{path}: the config file cannot be read: {type(e).__name__}: {e}")
+    except (Exception, SystemExit) as e:
+        sys.exit(f"{path}: the config file cannot be read: {type(e).__name__}: {' '.join(str(e).split())}")
     private = (types.ModuleType, types.FunctionType, type)
     return {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, private)}
 
@@ -54,7 +54,7 @@ def parse(text, default):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text  # right where the default is None; elsewhere checked() refuses it
 
 
@@ -62,7 +62,7 @@ def checked(where, key, value, default):
     """The value if it has the default's type; any will do if the default is None, and a whole number as a float."""
     if default is None or type(value) is type(default):
         return value
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     want = TYPES.get(type(default), f"a {type(default).__name__}")
     sys.exit(f"{where}: {key} must be {want}, such as {default!r}, and not {value!r}.")

@@ -62,10 +62,13 @@ def build_encoding(name, ranks, pat_str, special=None):
 def read_ranks(path):
     """{bytes: rank} from a BPE file in tiktoken's format: a line is a base64 token and its rank."""
     try:
-        pairs = (line.split() for line in Path(path).read_bytes().splitlines() if line)
-        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         raise ValueError(f"{path} is not a BPE file in tiktoken's format (base64 token, space, rank)") from None
+    if sum(len(token) == 1 for token in ranks) < 256 or {*ranks.values()} != {*range(len(pairs))}:
+        raise ValueError(f"{path} is no byte-level BPE: bytes are missing, or its ranks are not 0, 1, 2 and so on")
+    return ranks
 
 
 def first_characters(texts, n):
@@ -497,8 +500,7 @@ def read_rows(source, config="", split="train"):
         else:
             rows = datasets.load_dataset(source, None if path.exists() else config or None, split=split)
     except Exception as e:
-        reason = str(e).strip().partition("\n")[0][:300]
-        raise ValueError(f"cannot load the dataset {source}, split {split}: {type(e).__name__}: {reason}") from None
+        raise ValueError(f"cannot load the dataset {source}, split {split}: {type(e).__name__}: {reason(e)}") from None
     for number, row in enumerate(rows):
         yield f"{source} {split}, row {number}", row
 
@@ -707,6 +709,8 @@ def prepare(
     texts = (text for name, _, pair in pairs() if name == "train" and isinstance(pair, tuple) for text in pair[:2])
     encoding = make_encoding(tokenizer, pat_str, texts)
     threads = threads or os.cpu_count()
+    old = Path(f"{part}-old")
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         writers = {name: SplitWriter(part, name, encoding, block_size, too_long) for name in ("train", "val")}
@@ -736,13 +740,14 @@ def prepare(
             "made": made,
         }
         replace_file(part / "meta.json", json.dumps(meta, indent=1).encode())
-        old = Path(f"{part}-old")
         if directory.exists():
             directory.rename(old)
         part.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
         raise
     return meta
 

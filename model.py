@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -394,7 +394,9 @@ class HRM(nn.Module):
         if not (directory / "config.json").exists():
             raise FileNotFoundError(f"{directory} has neither ckpt.pt nor config.json")
         config, tensors, state = read_hf_config(directory / "config.json"), read_safetensors(directory), {}
-        for ours, want in shapes_of(config, len(tensors)).items():
+        with blamed_on(directory / "config.json"):
+            shapes = shapes_of(config, len(tensors))
+        for ours, want in shapes.items():
             names = [hf_name(ours)]
             if names[0] not in tensors and not tensors.keys().isdisjoint(hf_split_names(ours)):
                 names = hf_split_names(ours)
@@ -546,17 +548,23 @@ def replace_file(path, content):
 
 
 def sync_directory(directory):
-    """Flush a directory's names to the disk, where the system has that."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Flush a directory's names to the disk, where the system can."""
+    with suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
-        os.fsync(handle)
+        with suppress(OSError):
+            os.fsync(handle)
         os.close(handle)
 
 
 def checkpoints(directory):
-    """A run's checkpoints, newest first: ckpt.pt, and the ones before it, ckpt-<step>.pt."""
-    older = sorted(Path(directory).glob("ckpt-*.pt"), reverse=True)
+    """A run's checkpoints, newest first: ckpt.pt, and the ones before it."""
+    older = sorted(Path(directory).glob(f"ckpt-{'[0-9]' * 8}.pt"), reverse=True)
     return [path for path in (Path(directory, "ckpt.pt"), *older) if path.exists()]
+
+
+def older_checkpoint(directory, step):
+    """What ckpt.pt is called when a newer one takes its place."""
+    return Path(directory, f"ckpt-{step:08d}.pt")
 
 
 def load_checkpoint(directory):
@@ -568,8 +576,8 @@ def load_checkpoint(directory):
     for path in paths:
         try:
             ckpt = read_checkpoint(path)
-        except ValueError as e:
-            damage.append(str(e))
+        except (ValueError, OSError) as e:
+            damage.append(str(e) if str(path) in str(e) else f"{path} is damaged: {reason(e)}")
             continue
         if path.name != "ckpt.pt":
             print(f"{'; '.join(damage) or f'{directory} has no ckpt.pt'}; using {path} instead (step {ckpt['iter']})")
@@ -595,8 +603,8 @@ def read_checkpoint(path):
         config = HRMConfig(**ckpt["config"])
         want = shapes_of(config, len(ckpt["model"]))
         for name, tensor in (*ckpt["model"].items(), *ckpt["ema"].items()):
-            if tensor.shape != want[name] or tensor.dtype != torch.float32:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {tuple(want[name])}")
+            if tensor.shape != want.get(name) or tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {want.get(name)}")
         if ckpt["model"].keys() != want.keys() or ckpt["ema"].keys() not in (set(), set(want) - {"z_L_init"}):
             raise ValueError("it lacks weights")
         return ckpt
@@ -607,7 +615,7 @@ def shapes_of(config, n_tensors):
     if config.n_layer > n_tensors:  # before so many blocks are made
         raise ValueError(f"it has {n_tensors} tensors, too few for {config.n_layer} blocks")
     with torch.device("meta"):
-        return {name: t.shape for name, t in HRM(config).state_dict().items()}
+        return {name: tuple(t.shape) for name, t in HRM(config).state_dict().items()}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -719,9 +727,8 @@ def local_directory(name, *patterns):
     except ImportError:
         raise ValueError(f"to download {name}, pip install huggingface_hub") from None
     except Exception as e:
-        reason = str(e).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"{name} is no directory and cannot be had from the hub: {type(e).__name__}: {reason}"
+            f"{name} is no directory and cannot be had from the hub: {type(e).__name__}: {reason(e)}"
         ) from None
 
 
@@ -735,11 +742,11 @@ def choose_device(device, dtype):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.partition(":")[0]):
-        raise ValueError(
-            f"device {device} is not available here; there is {', '.join(d for d in available if available[d])}"
-        )
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = device.partition(":")
+    if not counts.get(kind) or (index and not (index.isdecimal() and int(index) < counts[kind])):
+        there = ", ".join(f"{d}{f':0 to {n - 1}' * (n > 1)}" for d, n in counts.items() if n)
+        raise ValueError(f"device {device} is not available here; there is {there}")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
     return device, getattr(torch, dtype)

@@ -24,6 +24,7 @@ import time
 import uuid
 from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import islice
@@ -46,6 +47,7 @@ from model import (
     choose_device,
     load_checkpoint,
     local_directory,
+    older_checkpoint,
     read_json,
     reason,
     replace_file,
@@ -150,13 +152,13 @@ def others():
         leave(f"rank {rank} has lost another rank ({reason(e)[:120]}); --init_from=resume goes on from the checkpoint")
 
 
-def fresh_store():
+def fresh_store(minutes):
     """
     A key-value store for the ranks of this start alone. That of torchrun is the same after a restart (torch 2.13), and
     has the addresses of ranks that are gone. So each rank sends a new word, to which the first answers with a prefix.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
-    word, prefix = uuid.uuid4().hex, uuid.uuid4().hex
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+    word, prefix, deadline = uuid.uuid4().hex, uuid.uuid4().hex, time.monotonic() + 60 * minutes
     if not master:
         store.set(f"word of rank {rank}", word)
         prefix = store.get(word).decode()  # waits for it
@@ -165,15 +167,18 @@ def fresh_store():
         for key in (f"word of rank {r}" for r in range(1, world_size)):
             if store.check([key]):
                 store.set(store.get(key).decode(), prefix)
+        if time.monotonic() > deadline:
+            leave(f"not all of {world_size} ranks have come within {minutes} minutes")
         time.sleep(0.02)
     return dist.PrefixStore(prefix, store)
 
 
 if world_size > 1:
-    ranks = dict(store=fresh_store(), rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
-    dist.init_process_group("nccl" if on_cuda else "gloo", **ranks)
-    # To agree on stopping without waiting for the device:
-    cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
+    with others():
+        ranks = dict(store=fresh_store(minutes=5), rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if on_cuda else "gloo", **ranks)
+        # To agree on stopping without waiting for the device:
+        cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
 
 
 def gather(value):
@@ -190,7 +195,11 @@ def end_on(trouble):
     troubles = gather(trouble)
     if any(troubles):
         told = troubles[:1] if len(set(troubles)) == 1 else [f"rank {i}: {t}" for i, t in enumerate(troubles) if t]
-        leave("; ".join(told) if master else "")
+        if master:
+            tqdm.write(f"train.py: {'; '.join(told)}", file=sys.stderr)
+            sys.stderr.flush()
+        gather(None)  # or torchrun, when it sees the end of one rank, might end the one that is to speak
+        leave()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -198,8 +207,8 @@ def end_on(trouble):
 
 out, data_dir = Path(out_dir), Path("data", dataset)
 # torchrun starts all ranks anew when one fails; what it started first has the same name.
-launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
-restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+torchrun = os.environ.get("TORCHELASTIC_RUN_ID")
+launch = f"{torchrun} {socket.gethostname()} {os.getppid()}"
 
 
 def check_settings():
@@ -230,12 +239,13 @@ def check_settings():
             raise ValueError("wandb_log needs the package wandb: pip install wandb") from None
 
 
-def older(step):
-    return out / f"ckpt-{step:08d}.pt"
+locked = False
 
 
 def lock_out_dir():
     """Raise ValueError if another process holds this lock, which ends with a process however that ends."""
+    global locked
+    locked = True
     try:
         import fcntl  # which Windows lacks
 
@@ -246,31 +256,31 @@ def lock_out_dir():
         pass  # a system without such locks
 
 
+def refuse_other_runs():
+    """Raise ValueError if out_dir holds what a new run would overwrite."""
+    held = [name for name in ("ckpt.pt", "run.json", "log.jsonl", "meta.json", "config.json") if (out / name).exists()]
+    if held:
+        advice = "--init_from=resume continues it, --out_dir=NAME starts elsewhere"
+        raise ValueError(f"{out} holds another run already ({', '.join(held)}): {advice}")
+
+
 def open_out_dir():
     """(what to start from, checkpoint or None). Raises ValueError if out_dir holds what is not this run's."""
     if out.is_dir():
         lock_out_dir()
+    if init_from == "resume" and checkpoints(out):
+        return init_from, load_checkpoint(out)
     claimed = read_json(out / "run.json") if (out / "run.json").exists() else {}
-    again = init_from == "resume" or (restarts and claimed.get("launch") == launch)
-    if again and checkpoints(out):
+    restarted = torchrun and claimed.get("launch") == launch
+    if restarted and checkpoints(out):
         return "resume", load_checkpoint(out)
-    if again and claimed:
+    if restarted or (init_from == "resume" and claimed):
         say(f"{out} has no checkpoint yet, so its run starts over")
         return str(claimed.get("init_from")), None
-    if again:
+    if init_from == "resume":
         raise FileNotFoundError(f"there is no checkpoint {out / 'ckpt.pt'} to resume")
-    held = [name for name in ("ckpt.pt", "run.json", "log.jsonl", "meta.json", "config.json") if (out / name).exists()]
-    if held:
-        raise ValueError(
-            f"{out} holds another run already ({', '.join(held)}): --init_from=resume continues it, "
-            "--out_dir=NAME starts elsewhere"
-        )
+    refuse_other_runs()
     return init_from, None
-
-
-def val_batches():
-    """The validation split, once, in the same batches for any number of ranks."""
-    return data.Loader(data_dir, "val", batch_size, block_size, 0, rank, world_size, epochs=1)
 
 
 trouble, ckpt = "", None
@@ -295,9 +305,9 @@ try:
     if loader.left_out:
         say(f"{loader.left_out:,} of {len(loader.lengths):,} documents are longer than block_size and left out")
         say(f"  (data.py --block_size={block_size} would truncate them)")
-    has_val = meta["splits"]["val"]["documents"] > 0
-    if has_val:
-        val_batches()
+    val_loader = None
+    if meta["splits"]["val"]["documents"]:
+        val_loader = data.Loader(data_dir, "val", batch_size, block_size, 0, rank, world_size, epochs=1)
     else:
         say(f"{data_dir} has no validation documents, so there will be no validation loss")
     if epochs:
@@ -307,11 +317,15 @@ try:
     encoding = data.load_encoding(data_dir)
     if init_from in ("scratch", "resume"):
         shape = {f.name: settings[f.name] for f in fields(HRMConfig) if f.name in settings}
+        config = HRMConfig(**head["config"]) if head else HRMConfig(vocab_size=meta["vocab_size"], **shape)
         if head and head["origin"] == "scratch":
-            differs = ", ".join(f"{k} {head['config'][k]}" for k in shape if shape[k] != head["config"][k])
+            differs = ", ".join(f"{k} {getattr(config, k)}" for k in shape if shape[k] != getattr(config, k))
             if differs:
                 raise ValueError(f"{out / 'ckpt.pt'} holds another model than these settings ask for: there, {differs}")
-        model = HRM(HRMConfig(**head["config"]) if head else HRMConfig(vocab_size=meta["vocab_size"], **shape))
+        try:
+            model = HRM(config)
+        except RuntimeError as e:
+            raise ValueError(f"a model of this size cannot be made here: {reason(e)}") from None
     else:
         model = HRM.from_pretrained(init_from)
         say(f"fine-tuning {init_from}, whose shape overrides the settings: {model.config}")
@@ -363,7 +377,7 @@ if world_size > 1:
             dist.broadcast(tensor, 0)
         for p, step in zip(model.parameters(), steps):
             optimizer.state[p]["step"] = step
-            for tensor in optimizer.state[p].values() if head else ():
+            for tensor in optimizer.state[p].values():
                 if isinstance(tensor, torch.Tensor):
                     dist.broadcast(tensor, 0)
 iteration = tokens = validated = skipped = log_bytes = 0
@@ -379,18 +393,22 @@ dirty = saved is None  # whether there is more than it holds
 del ckpt, head
 try:
     if master:
-        if not out.is_dir():
-            out.mkdir(parents=True)
+        if not locked:
+            out.mkdir(parents=True, exist_ok=True)
             lock_out_dir()
+            refuse_other_runs()  # that began a moment ago
         claim = {"launch": launch, "init_from": origin, "settings": settings}
         replace_file(out / "run.json", json.dumps(claim, indent=1).encode())
         for name in "meta.json", "tokenizer.tiktoken":  # so that sample.py and eval.py need only out_dir
             replace_file(out / name, (data_dir / name).read_bytes())
-        if saved is not None and older(saved).exists():  # ckpt.pt was damaged
-            os.replace(older(saved), out / "ckpt.pt")
+        if saved is not None and older_checkpoint(out, saved).exists():  # ckpt.pt was damaged
+            os.replace(older_checkpoint(out, saved), out / "ckpt.pt")
+        for path in checkpoints(out)[1:]:
+            if saved is None or path > older_checkpoint(out, saved):  # damaged, or of steps that will be made anew
+                path.unlink()
         log_file = open(out / "log.jsonl", "ab", buffering=0)
         log_file.truncate(min(log_bytes, log_file.tell()))  # without what a killed run logged after its last checkpoint
-        log_file.seek(0, os.SEEK_END)
+        log_bytes = log_file.seek(0, os.SEEK_END)
         if wandb_log:
             import wandb
 
@@ -440,7 +458,7 @@ def loss_of(batch, bp_steps=None):
         share = int((parts[1] != IGNORE).sum()) / batch.n_targets
         if on_cuda:
             parts = [t.pin_memory() for t in parts]
-        idx, targets, doc, prefix = (t.to(device, non_blocking=True) for t in parts)
+        idx, targets, doc, prefix = (t.to(device, non_blocking=on_cuda) for t in parts)
         loss = model(idx, targets, doc, prefix, bp_steps)[1] * share
         if torch.is_grad_enabled():
             loss.backward()
@@ -491,18 +509,27 @@ def check_health():
     before = ", ".join(f"{loss:.4f} at {i}" for i, loss in last_losses) or "none"
     if writer:
         writer.join()
-    back = f"{checkpoints(out)[0]} (step {saved})" if saved is not None else "none yet"
+    back = f"{out / 'ckpt.pt'} (step {saved})" if saved is not None else "none yet"
     sentence = f"step {i}: {what}; {where}; logged losses before: {before}; checkpoint to return to: {back}, with "
-    leave(sentence + f"--init_from=resume and, to pass over such a step, --skip_nonfinite={skipped}" if master else "")
+    sentence += f"--init_from=resume and, to pass over such a step, --skip_nonfinite={skipped}"
+    end_on(gather(sentence)[0])
 
 
-def all_agree_to_stop():
-    """Whether any rank was told to stop, so that all do after the same step."""
-    asked = torch.tensor(int(bool(stop_asked)))
+def any_rank(*flags):
+    """For each flag, whether it is set on any rank, so that all ranks do the same."""
+    flags = torch.tensor([int(bool(flag)) for flag in flags])
     if world_size > 1:
         with others():
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=cpu_group)
-    return bool(asked)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=cpu_group)
+    return flags.bool().tolist()
+
+
+def sound(batches):
+    """The batches, up to one that cannot be right, which ends the run."""
+    try:
+        yield from batches
+    except ValueError as e:
+        leave(reason(e))
 
 
 @torch.no_grad()
@@ -514,8 +541,8 @@ def validate():
     total = torch.zeros((), device=device)
     n_targets = 0
     with optimizer.averaged() if ema else nullcontext():
-        for batch in islice(val_batches(), eval_iters or None):
-            if all_agree_to_stop():
+        for batch in islice(sound(copy(val_loader)), eval_iters or None):
+            if any_rank(stop_asked)[0]:
                 return None
             total += loss_of(batch) * batch.n_targets
             n_targets += batch.n_targets
@@ -534,20 +561,20 @@ def to_host(content, buffers):
     """
     copies = {}
 
-    def copy(x):
+    def copied(x):
         if isinstance(x, dict):
-            return {key: copy(value) for key, value in x.items()}
+            return {key: copied(value) for key, value in x.items()}
         if isinstance(x, list):
-            return [copy(value) for value in x]
+            return [copied(value) for value in x]
         if not isinstance(x, torch.Tensor):
             return x
         if id(x) not in copies:
             if len(copies) == len(buffers):
                 buffers.append(torch.empty_like(x, device="cpu", pin_memory=on_cuda))
-            copies[id(x)] = buffers[len(copies)].copy_(x, non_blocking=True)
+            copies[id(x)] = buffers[len(copies)].copy_(x, non_blocking=on_cuda)
         return copies[id(x)]
 
-    content = copy(content)
+    content = copied(content)
     if on_cuda:
         torch.cuda.synchronize()
     return content
@@ -566,7 +593,8 @@ def save_checkpoint(wait=False):
     if writer:
         writer.join()
     names = {p: name for name, p in model.named_parameters()}
-    with suppress(OSError):  # log() has told of it
+    write_log()
+    with suppress(OSError):  # a log that the disk refuses costs no checkpoint
         os.fsync(log_file.fileno())
     ckpt = {
         "model": dict(model.state_dict()),
@@ -581,7 +609,7 @@ def save_checkpoint(wait=False):
         "best_val_loss": best_val_loss,
         "validated": validated,  # the step of the last validation
         "skipped": skipped,
-        "log_bytes": log_file.tell(),
+        "log_bytes": log_bytes,
         "wandb_id": wandb_id,
     }
     ckpt = to_host(ckpt, host_buffers)
@@ -602,12 +630,11 @@ def write_checkpoint(ckpt):
             file.flush()
             os.fsync(file.fileno())
         if keep_checkpoints > 1 and saved is not None and saved < ckpt["iter"] and newest.exists():
-            os.replace(newest, older(saved))
+            os.replace(newest, older_checkpoint(out, saved))
         os.replace(part, newest)
         sync_directory(out)
         saved = ckpt["iter"]
-        kept = [path for path in checkpoints(out)[1:] if path < older(saved)][: keep_checkpoints - 1]
-        for path in set(checkpoints(out)[1:]) - set(kept):  # later ones are from before a return to an earlier step
+        for path in checkpoints(out)[keep_checkpoints:]:
             path.unlink()
     except Exception as e:
         while e.__context__ and not isinstance(e, OSError):  # torch hides the disk's answer behind its own
@@ -619,18 +646,24 @@ def write_checkpoint(ckpt):
 
 
 def log(**entry):
-    """Append to log.jsonl; what a full disk does not take waits for the next time."""
     global unlogged
-    if not master:
-        return
-    entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
-    unlogged += json.dumps(entry).encode() + b"\n"
+    if master:
+        entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
+        unlogged += json.dumps(entry).encode() + b"\n"
+        write_log()
+        if wandb_log:
+            wandb.log(entry, step=entry["iter"])
+
+
+def write_log():
+    """Append to log.jsonl; what a full disk does not take waits for the next time."""
+    global unlogged, log_bytes
     try:
         unlogged = unlogged[log_file.write(unlogged) :]
     except OSError as e:
         say(f"step {iteration}: {out / 'log.jsonl'} cannot be written ({reason(e)}); training goes on")
-    if wandb_log:
-        wandb.log(entry, step=entry["iter"])
+    if not unlogged:
+        log_bytes = log_file.tell()  # the end of a whole line
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -659,13 +692,13 @@ def ask_to_stop(signum, frame):
 for name in "SIGINT", "SIGTERM", "SIGUSR1":
     if hasattr(signal, name):  # Windows lacks one
         signal.signal(getattr(signal, name), ask_to_stop)
-host_buffers, unlogged, last_losses = [], b"", deque(maxlen=8)
+batches, host_buffers, unlogged, last_losses = sound(loader), [], b"", deque(maxlen=8)
 bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
 start = clock = last_save = time.perf_counter()
 clock_tokens, stopped, unchecked = tokens, False, None
 while True:
     evaluate_now = iteration == max_iters or (eval_interval and iteration % eval_interval == 0)
-    if has_val and evaluate_now and 0 < iteration != validated:
+    if val_loader and evaluate_now and 0 < iteration != validated:
         check_health()
         val_loss = validate()
         stopped = val_loss is None
@@ -675,8 +708,8 @@ while True:
             say(f"step {iteration}: validation loss {val_loss:.4f} (best {best_val_loss:.4f})")
             clock, clock_tokens = time.perf_counter(), tokens
     due = checkpoint_interval and iteration % checkpoint_interval == 0
-    due = due or (checkpoint_minutes and time.perf_counter() - last_save > 60 * checkpoint_minutes)
-    stopped = stopped or all_agree_to_stop()
+    late = checkpoint_minutes and time.perf_counter() - last_save > 60 * checkpoint_minutes
+    stopped, due = any_rank(stopped or stop_asked, due or late)
     if iteration >= max_iters or stopped:
         break
     if due and dirty and iteration > 0:
@@ -684,11 +717,7 @@ while True:
         save_checkpoint()
         clock, clock_tokens = time.perf_counter(), tokens
         last_save = clock
-    lr, bp_steps = learning_rate_at(iteration), bp_steps_at(iteration)
-    try:
-        batch = next(loader)
-    except ValueError as e:
-        leave(reason(e))
+    lr, bp_steps, batch = learning_rate_at(iteration), bp_steps_at(iteration), next(batches)
     loss, healthy = train_step(batch, bp_steps, lr)
     iteration, tokens, dirty = iteration + 1, tokens + batch.n_tokens, True
     bar.update()
@@ -718,6 +747,7 @@ if dirty:
 if not master:
     leave(status=0)
 memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
+write_log()
 log_file.close()
 if wandb_log:
     wandb.finish()

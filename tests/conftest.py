@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, a tiny dataset, and the model once more, written as plainly as can be."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def problems_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data") / "problems"
     data.prepare(directory, n_problems=300, n_val_problems=20)
     return directory
+
+
+@pytest.fixture
+def workplace(tmp_path, problems_dir):
+    """A directory to run in, with data/problems."""
+    shutil.copytree(problems_dir, tmp_path / "data" / "problems")
+    return tmp_path
 
 
 def pytest_addoption(parser):

@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 
 import torch
 
@@ -62,9 +63,8 @@ def at_nth_spoiled(self, *args):
 
 
 save, forward = torch.save, model.HRM.forward
-if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not int(
-    os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-):
+restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not restarts:
     if MOMENT == "backward":  # with the gradients of half of the blocks
         model.after_attention = at_nth(model.after_attention)
     elif MOMENT == "optimizer":  # with some weights updated and others not
@@ -77,5 +77,8 @@ if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not int(
         os.fsync = at_nth(os.fsync)
     elif MOMENT == "rename":
         os.replace = at_nth(os.replace)
+if "CRASH_SLOW" in os.environ:  # a second per step, in the first start
+    step = model.AdamATan2.step
+    model.AdamATan2.step = lambda self: (time.sleep(not restarts), step(self))
 sys.argv = sys.argv[1:]
 runpy.run_path(SCRIPT, run_name="__main__")

@@ -16,13 +16,6 @@ TINY = "--n_layer=2 --n_embd=32 --block_size=256 --batch_size=4 --warmup_iters=5
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def workplace(tmp_path, problems_dir):
-    """A directory to run in, with data/problems."""
-    shutil.copytree(problems_dir, tmp_path / "data" / "problems")
-    return tmp_path
-
-
 def command(script, *args, ranks=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launcher, ROOT / script, *args]
@@ -61,47 +54,6 @@ def test_ranks_and_micro_batches_change_nothing(workplace, bp_steps):
         other = checkpoint(workplace / name)
         for key, w in weights["ema"].items():
             assert (other["ema"][key] - w).abs().max() < 1e-4 * w.abs().max(), key
-
-
-def test_ctrl_c_saves_and_resuming_continues_the_same_run(workplace):
-    args = [*TINY, "--max_iters=40", "--log_interval=1", "--eval_interval=20"]
-    run(workplace, "train.py", *args, "--out_dir=whole")
-    process = subprocess.Popen(command("train.py", *args, "--out_dir=parts"), cwd=workplace, env=ENV)
-    log = workplace / "parts" / "log.jsonl"
-    deadline = time.time() + 60
-    while not (log.exists() and log.read_text().count("\n") >= 5):
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
-    assert 5 <= checkpoint(workplace / "parts")["iter"] < 40
-    run(workplace, "train.py", *args, "--out_dir=parts", "--init_from=resume")
-    for key in ("loss", "val_loss", "tokens", "lr", "bp_steps"):
-        assert read_log(workplace / "parts", key) == read_log(workplace / "whole", key)
-    whole, parts = checkpoint(workplace / "whole"), checkpoint(workplace / "parts")
-    assert whole["loader"] == parts["loader"]
-    for key, w in whole["ema"].items():
-        assert torch.equal(parts["ema"][key], w), key
-    for i, state in whole["optimizer"]["state"].items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(parts["optimizer"]["state"][i][key])), key
-
-
-def test_a_killed_run_goes_on_from_its_checkpoint_and_logs_each_step_once(workplace):
-    args = [*TINY, "--max_iters=30", "--log_interval=1", "--checkpoint_interval=10"]
-    process = subprocess.Popen(command("train.py", *args), cwd=workplace, env=ENV)
-    log = workplace / "out" / "log.jsonl"
-    deadline = time.time() + 60
-    while not (log.exists() and log.read_text().count("\n") >= 14):
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    run(workplace, "train.py", *args, "--init_from=resume")
-    assert [json.loads(line)["iter"] for line in log.read_text().splitlines()] == [
-        *range(1, 31),
-        30,
-    ]  # the last is val_loss
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -203,17 +155,3 @@ def test_another_tokenizer_or_other_data_are_refused(workplace):
     run(workplace, "data.py", "--dataset=bpe", "--n_problems=99", "--n_val_problems=9", "--tokenizer=train:263")
     done = run(workplace, "train.py", *TINY, "--dataset=bpe", "--init_from=out", "--out_dir=tuned", ok=False)
     assert "out (bytes, 263 ids) and data/bpe (train:263" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_damaged_checkpoint_ends_with_a_sentence(workplace):
-    (workplace / "out").mkdir()
-    (workplace / "out" / "ckpt.pt").write_bytes(b"not a checkpoint")
-    for script, args in ("sample.py", []), ("train.py", ["--init_from=resume"]):
-        done = run(workplace, script, *args, ok=False)
-        assert "ckpt.pt is damaged" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_resuming_another_shape_is_refused(workplace):
-    run(workplace, "train.py", *TINY, "--max_iters=1")
-    done = run(workplace, "train.py", *TINY, "--n_embd=64", "--init_from=resume", ok=False)
-    assert "another model" in done.stderr and "n_embd 32" in done.stderr and "Traceback" not in done.stderr
