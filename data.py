@@ -827,16 +827,17 @@ class Loader:
         self.tokens = np.memmap(self.bin, dtype=meta["dtype"], mode="r")
         self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
         self.mine = slice(rank, None, world_size)
-        checksum = meta["checksums"].get(self.bin.name)
+        checksum = str(meta["checksums"].get(self.bin.name))
         self.plan = {"seed": seed, "documents": len(self.fitting), "checksum": checksum}
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
+        with blamed_on("the loader's state"):
+            check_kinds(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
         for key, value in self.plan.items():
-            if self.state.get(key) != value:
+            if self.state[key] != value:
                 raise ValueError(
-                    f"{directory} gives another plan than the run had: {key} {value}, not {self.state.get(key)}"
+                    f"{directory} gives another plan than the run had: {key} {value}, not {self.state[key]}"
                 )
         with blamed_on("the loader's state"):
-            check_kinds(self.state, epoch=int, cursor=int, waiting=list)
             if not all(0 <= d < len(lengths) for d in self.state["waiting"]):
                 raise ValueError("it has documents that the split has not")
             if self.state["epoch"] < 0 or not 0 <= self.state["cursor"] < len(self.fitting):
