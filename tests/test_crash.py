@@ -76,7 +76,7 @@ MOMENTS = [
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(workplace):
-    args, resume, found = [*RUN, "--bp_warmup=0.5", "--log_interval=4"], [], []
+    args, resume, found = [*RUN, "--bp_warmup=0.5", "--log_interval=4", "--eval_interval=3"], [], []
     run(workplace, "train.py", *args, "--out_dir=whole")
     for moment in MOMENTS:
         done = crash(workplace, moment, *args, *resume)
