@@ -128,6 +128,7 @@ def say(*text):
     """Print, once for all ranks, without breaking the progress bar."""
     if master:
         tqdm.write(" ".join(map(str, text)))
+        sys.stdout.flush()  # into a file or a pipe too
 
 
 def leave(sentence="", status=1):
