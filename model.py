@@ -71,8 +71,9 @@ class HRMConfig:
             self.n_ff = -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
         if self.embed_scale is None:
             self.embed_scale = self.n_embd**0.5
-        if min(self.vocab_size, self.block_size, self.n_head, self.n_embd, self.H_cycles, self.L_cycles) < 1:
-            raise ValueError(f"every size of a model must be at least 1: {self}")
+        for name in "vocab_size", "block_size", "n_head", "n_embd", "H_cycles", "L_cycles":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a model must be at least 1, not {getattr(self, name)}")
         if self.n_layer < 2 or self.n_layer % 2:
             raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
         if self.head_dim is None:
@@ -583,7 +584,7 @@ def load_checkpoint(directory):
             print(f"{'; '.join(damage) or f'{directory} has no ckpt.pt'}; using {path} instead (step {ckpt['iter']})")
         return ckpt
     if damage:
-        raise ValueError(damage[0])
+        raise ValueError("; ".join(damage))
     raise FileNotFoundError(f"there is no checkpoint {Path(directory, 'ckpt.pt')}; train.py writes it to its out_dir")
 
 

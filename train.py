@@ -106,7 +106,7 @@ settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
 
-signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before the first step"))
+signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before the first step; nothing is lost"))
 
 # ----------------------------------------------------------------------------------------------------
 # devices and ranks
@@ -150,7 +150,8 @@ def others():
     try:
         yield
     except RuntimeError as e:
-        leave(f"rank {rank} has lost another rank ({reason(e)[:120]}); --init_from=resume goes on from the checkpoint")
+        why = reason(e).split(". ")[0]
+        leave(f"rank {rank} has lost another rank ({why}); --init_from=resume goes on from the checkpoint")
 
 
 def fresh_store(minutes):
@@ -217,11 +218,14 @@ def check_settings():
     at_least_1 = ("max_iters", "batch_size", "micro_batch_size", "block_size", "log_interval", "keep_checkpoints")
     at_least_0 = ("epochs", "learning_rate", "weight_decay", "warmup_iters", "seed")
     at_least_0 += ("eval_interval", "eval_iters", "checkpoint_interval", "checkpoint_minutes", "skip_nonfinite")
-    shares = ("decay", "bp_warmup", "beta1", "beta2", "ema")
-    for keys, low, high in (at_least_1, 1, sys.maxsize), (at_least_0, 0, sys.maxsize), (shares, 0, 1):
+    for keys, low, high in (at_least_1, 1, sys.maxsize), (at_least_0, 0, sys.maxsize), (("decay", "bp_warmup"), 0, 1):
         for key in keys:
             if not low <= settings[key] <= high:
-                raise ValueError(f"{key} must be at least {low}{' and at most 1' * (high == 1)}, not {settings[key]}")
+                bound = f"at least {low}" if settings[key] < low else f"at most {high:,}"
+                raise ValueError(f"{key} must be {bound}, not {settings[key]}")
+    for key in "beta1", "beta2", "ema":
+        if not 0 <= settings[key] < 1:
+            raise ValueError(f"{key} must be at least 0 and less than 1, not {settings[key]}")
     if attention not in ("auto", "flex", "sdpa") or (attention == "flex" and not on_cuda):
         raise ValueError(f"attention must be auto, sdpa, or on cuda flex, not {attention}")
     if not out_dir or not dataset or not init_from or out.is_file():
@@ -322,7 +326,8 @@ try:
         if head and head["origin"] == "scratch":
             differs = ", ".join(f"{k} {getattr(config, k)}" for k in shape if shape[k] != getattr(config, k))
             if differs:
-                raise ValueError(f"{out / 'ckpt.pt'} holds another model than these settings ask for: there, {differs}")
+                advice = "resume with the settings it began with"
+                raise ValueError(f"{out / 'ckpt.pt'} holds another model than asked for ({advice}): there, {differs}")
         try:
             model = HRM(config)
         except RuntimeError as e:
@@ -510,10 +515,9 @@ def check_health():
     before = ", ".join(f"{loss:.4f} at {i}" for i, loss in last_losses) or "none"
     if writer:
         writer.join()
-    back = f"{out / 'ckpt.pt'} (step {saved})" if saved is not None else "none yet"
-    sentence = f"step {i}: {what}; {where}; logged losses before: {before}; checkpoint to return to: {back}, with "
-    sentence += f"--init_from=resume and, to pass over such a step, --skip_nonfinite={skipped}"
-    end_on(gather(sentence)[0])
+    back = f"{out / 'ckpt.pt'} (step {saved}), with --init_from=resume" if saved is not None else "none yet"
+    sentence = f"step {i}: {what}; {where}; logged losses before: {before}; checkpoint to return to: {back}; "
+    end_on(gather(sentence + f"--skip_nonfinite={skipped} passes over such a step")[0])
 
 
 def any_rank(*flags):
@@ -682,9 +686,9 @@ stop_asked = None
 
 
 def ask_to_stop(signum, frame):
-    """Stop after this step. A second signal, unless it is torchrun's copy of the first, does so at once."""
+    """Stop after this step. A second signal does so at once, unless it is torchrun's copy of the first."""
     global stop_asked
-    if stop_asked and time.monotonic() - stop_asked > 2:
+    if stop_asked and not (torchrun and time.monotonic() - stop_asked < 2):
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     stop_asked = stop_asked or time.monotonic()
