@@ -129,7 +129,7 @@ def test_fine_tuning_starts_from_the_averaged_weights(workplace):
         ("train.py", ["--device=gpu"], "device gpu is not available"),
         ("train.py", ["--attention=fast"], "attention must be"),
         ("train.py", ["--log_interval=0"], "log_interval must be at least 1"),
-        ("train.py", ["--ema=1.5"], "ema must be at least 0 and at most 1"),
+        ("train.py", ["--ema=1.5"], "ema must be at least 0 and less than 1"),
         ("train.py", ["--eval_iters=-1"], "eval_iters must be at least 0"),
         ("train.py", ["--out_dir="], "must be names"),
         ("data.py", ["--condition=drect"], "unknown condition 'drect'"),
