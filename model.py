@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import zipfile
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
@@ -38,6 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # target of positions that carry no loss
 LOGITS_AT_ONCE = 2**28  # fp32 logits held in memory at a time by the loss, in elements (1 GB)
+PREFILL = 2**14  # tokens of prompts read at a time, so that their activations fit
+REFILL = 16  # generation takes up waiting prompts when so many-th part of the slots is free
 
 # ----------------------------------------------------------------------------------------------------
 # configuration
@@ -92,11 +95,22 @@ class HRMConfig:
 
 
 class PackedMask(NamedTuple):
-    """Rows of documents as padded batches of documents of similar length, for scaled_dot_product_attention."""
+    """Rows of documents as padded batches of documents of similar length, for attention without waste."""
 
-    token: torch.Tensor  # (S,) the token, in the flattened rows, that fills each slot of all batches
-    slot: torch.Tensor  # (B*T,) the slot of each token
-    visible: tuple  # per batch (D, 1, L, L) bool
+    token: torch.Tensor  # which of the B*T*n_head vectors of the rows stands at each place of all batches
+    slot: torch.Tensor  # (B*T*n_head,) and the place of each
+    bias: tuple  # per batch (D, 1, L, L): 0 where a query (row) sees a key (column), else -inf
+
+    def to(self, device, dtype):
+        bias = tuple(upload(t.to(dtype), device) for t in self.bias)
+        return PackedMask(upload(self.token, device), upload(self.slot, device), bias)
+
+
+def upload(tensor, device):
+    """The tensor on `device`, which is not waited for."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def may_see(query_pos, key_pos, key_in_prefix):
@@ -111,33 +125,35 @@ def document_positions(doc):
     return first, place - torch.where(first, place, 0).cummax(1).values
 
 
-def packed_mask(doc, prefix):
+def packed_mask(doc, prefix, n_head):
     """
-    Mask of packed rows for SDPA. One dense (T, T) mask per row would spend most of its work on pairs from different
-    documents; here attention runs over padded batches of documents, each of those between two powers of 2 in length.
-    Padding (doc -1) is left out: it borrows the output of slot 0, which reaches no loss.
+    Mask of packed rows, for where FlexAttention is not. One dense (T, T) mask per row would spend most of its work on
+    pairs from different documents; here attention runs over padded batches of documents of similar length. Padding of
+    a row (doc -1) is cut into short documents of its own; that of a batch sees, and is seen by, itself alone.
     """
-    first, pos = document_positions(doc)
-    pos, real = pos.flatten(), doc.flatten() >= 0
-    number = (first.flatten() & real).cumsum(0) - 1  # of the token's document
-    lengths = torch.bincount(number[real]) if real.any() else torch.ones_like(number[:1])
-    size_class = lengths.clamp(min=32).log2().ceil()
-    start, slots, batches = torch.zeros_like(lengths), 0, []
-    for members in (size_class == c for c in size_class.unique()):
-        D, L = int(members.sum()), int(lengths[members].max())
-        start[members] = slots + L * torch.arange(D, device=doc.device)
-        batches.append((slots, D, L, lengths[members]))
-        slots += D * L
-    slot = torch.where(real, start[number] + pos, 0)
-    token = torch.zeros(slots, dtype=torch.long, device=doc.device)
-    token[slot[real]] = real.nonzero().squeeze(1)
-    visible = []
-    for begin, D, L, length in batches:
-        place = torch.arange(L, device=doc.device)
-        in_prefix = prefix.flatten()[token[begin : begin + D * L]].view(D, 1, L)
-        inside = (place < length[:, None])[:, None]
-        visible.append((may_see(place[:, None], place, in_prefix) & inside)[:, None])
-    return PackedMask(token, slot, tuple(visible))
+    place, head = torch.arange(doc.size(1), device=doc.device), torch.arange(n_head, device=doc.device)
+    first, pos = document_positions(torch.where(doc < 0, -1 - place // 64, doc))
+    number = first.flatten().cumsum(0) - 1  # of the token's document
+    lengths = torch.bincount(number)
+    size_class = (4 * lengths.clamp(min=16).log2()).ceil()  # within one, lengths differ by at most 19%
+    classes = [(size_class == c).nonzero().squeeze(1) for c in size_class.unique()]
+    start, width, begin = torch.zeros_like(lengths), torch.zeros_like(lengths), 0
+    for members in classes:
+        start[members] = begin + torch.arange(len(members), device=doc.device) * n_head * lengths[members].max()
+        width[members] = lengths[members].max()
+        begin += int(len(members) * n_head * width[members[0]])
+    slot = (start[number] + pos.flatten())[:, None] + head * width[number][:, None]
+    token = torch.zeros(begin, dtype=torch.long, device=doc.device)
+    token[slot.flatten()] = torch.arange(slot.numel(), device=doc.device)
+    bias = []
+    for members in classes:
+        place = torch.arange(int(width[members[0]]), device=doc.device)
+        in_prefix = prefix.flatten()[token[start[members][:, None] + place] // n_head]
+        inside = place < lengths[members][:, None]
+        visible = may_see(place[:, None], place, in_prefix[:, None]) & inside[:, None] & inside[:, :, None]
+        visible |= torch.eye(len(place), dtype=torch.bool, device=doc.device) & ~inside[:, None]
+        bias.append(torch.zeros(visible.shape, device=doc.device).masked_fill(~visible, -math.inf)[:, None])
+    return PackedMask(token, slot.flatten(), tuple(bias))
 
 
 def flex_mask(doc, prefix):
@@ -158,6 +174,27 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
+def mkl_is_slow():
+    """Whether torch's fp32 matmul (MKL, which keeps to AVX2 on AMD) is slower here than oneDNN, which uses AVX-512."""
+    with suppress(OSError):
+        return (
+            "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        )
+    return False
+
+
+MKL_IS_SLOW = mkl_is_slow()
+
+
+def linear(x, weight):
+    """F.linear, in the fastest way for where x is: x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
+    if MKL_IS_SLOW and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 128 * x.size(-1):
+        # oneDNN multiplies in fp32 too, but torch asks it for convolutions only: here of one pixel, over a column.
+        y = F.conv2d(x.reshape(1, -1, 1, x.size(-1)).permute(0, 3, 1, 2), weight[:, :, None, None])
+        return y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
+    return F.linear(x, weight)
+
+
 def norm(x, eps):
     """RMSNorm without a learned scale."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
@@ -170,35 +207,57 @@ def rotate(x, cos, sin):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one block at one recurrent step, and where this call's tokens go in it."""
+    """Keys and values of one block at one recurrent step, and where this call's tokens (B, T) go in it."""
 
-    k: torch.Tensor  # (B, S, n_head, head_dim)
+    k: torch.Tensor  # (slots, S, n_head, head_dim)
     v: torch.Tensor
-    pos: torch.Tensor  # (B, T) each row has its own place
+    slot: torch.Tensor  # (B, T)
+    pos: torch.Tensor  # (B, T)
 
     def update(self, k, v):
-        rows = torch.arange(len(self.pos), device=self.pos.device)[:, None]
-        self.k[rows, self.pos] = k
-        self.v[rows, self.pos] = v
+        self.k[self.slot, self.pos] = k
+        self.v[self.slot, self.pos] = v
+
+
+class Permute(torch.autograd.Function):
+    """x[there], whose gradient is that of the result at [back]: cheaper than the sum which an index may need."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 def packed_attention(q, k, v, mask):
-    """SDPA over the documents of packed rows, as padded batches of them."""
-    shapes = [(visible.size(0), visible.size(-1), *q.shape[2:]) for visible in mask.visible]  # (D, L, n_head, head_dim)
-    slots = [t.flatten(0, 1).index_select(0, mask.token).split([D * L for D, L, *_ in shapes]) for t in (q, k, v)]
+    """Attention over padded batches of documents. q, k, v, result: (B, T, n_head, head_dim)."""
+    n_head, head_dim = q.shape[2:]
+    parts = [n_head * bias.size(0) * bias.size(-1) for bias in mask.bias]
+    q, k, v = (Permute.apply(t.reshape(-1, head_dim), mask.token, mask.slot).split(parts) for t in (q, k, v))
     out = []
-    for shape, visible, *qkv in zip(shapes, mask.visible, *slots):
-        y = F.scaled_dot_product_attention(*(t.view(shape).transpose(1, 2) for t in qkv), attn_mask=visible)
-        out.append(y.transpose(1, 2).reshape(-1, *q.shape[2:]))
-    return torch.cat(out).index_select(0, mask.slot).view(q.shape)
+    for bias, *qkv in zip(mask.bias, q, k, v):
+        y = dense_attention(*(t.view(len(bias), n_head, -1, head_dim) for t in qkv), bias)
+        out.append(y.reshape(-1, head_dim))
+    return Permute.apply(torch.cat(out), mask.slot, mask.token)
+
+
+def dense_attention(q, k, v, bias):
+    """q, k, v, result: (D, n_head, L, head_dim); bias (D, 1, L, L)."""
+    if q.is_cpu and q.size(2) <= 1024:  # as fast as SDPA in fp32 there, three times as fast in bf16 (torch 2.13)
+        return (q * q.size(-1) ** -0.5 @ k.mT).add_(bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def attend(q, k, v, mask, kv):
     """softmax(q k / sqrt(head_dim)) v under any of the masks. q, k, v, result: (B, T, n_head, head_dim)."""
-    if isinstance(mask, PackedMask):
-        return packed_attention(q, k, v, mask)
     if kv is not None:
         kv.update(k, v)
+    if isinstance(mask, PackedMask):
+        return packed_attention(q, k, v, mask).view(q.shape)
+    if kv is not None:
         k, v = kv.k[:, : mask.size(-1)], kv.v[:, : mask.size(-1)]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if isinstance(mask, BlockMask):
@@ -213,16 +272,50 @@ def attend(q, k, v, mask, kv):
 def before_attention(x, gqkv_proj, cos, sin, eps):
     """x (B, T, n_embd) -> gate, query, key, value, each (B, T, n_head, head_dim)."""
     B, T, _ = x.shape
-    gqkv = F.linear(norm(x, eps), gqkv_proj)
+    gqkv = linear(norm(x, eps), gqkv_proj)
     g, q, k, v = gqkv.view(B, T, 4, -1, 2 * cos.size(-1)).unbind(2)
     return g, rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def after_attention(x, g, y, o_proj, gate_up_proj, down_proj, eps):
     """Add the gated output of attention to x, then that of the MLP."""
-    x = x + F.linear((torch.sigmoid(g) * y).flatten(2), o_proj)
-    a, b = F.linear(norm(x, eps), gate_up_proj).chunk(2, dim=-1)
-    return x + F.linear(F.silu(a) * b, down_proj)
+    x = x + linear((torch.sigmoid(g) * y).flatten(2), o_proj)
+    a, b = linear(norm(x, eps), gate_up_proj).chunk(2, dim=-1)
+    return x + linear(F.silu(a) * b, down_proj)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """
+    Sum of the cross-entropies of linear(h, weight), a chunk of rows at a time: all logits of a large vocabulary would
+    fill the memory. Each chunk's gradient is made with its loss, so that its logits need not be kept or made again.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, with_gradient):
+        rows = max(LOGITS_AT_ONCE // len(weight), 1)
+        total, dh = torch.zeros((), device=h.device), []
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        for some, ids in zip(h.split(rows), targets[:, None].split(rows)):
+            with torch.set_grad_enabled(with_gradient):
+                inputs = [t.detach().requires_grad_(with_gradient) for t in (some, weight)]
+                output = linear(*inputs)
+            logits = output.detach().float()
+            scale = logits.logsumexp(-1, keepdim=True)
+            total += (scale - logits.gather(1, ids)).sum()
+            if with_gradient:
+                dlogits = logits.sub_(scale).exp_()
+                dlogits.scatter_add_(1, ids, torch.full_like(scale, -1))
+                part, dw = torch.autograd.grad(output, inputs, dlogits.to(output.dtype))
+                dh.append(part)
+                dweight += dw
+        if with_gradient:
+            ctx.save_for_backward(torch.cat(dh), dweight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dweight = ctx.saved_tensors
+        return dh * grad, dweight * grad, None, None
 
 
 def random_weight(n_out, n_in):
@@ -241,8 +334,16 @@ class Block(nn.Module):
         self.gate_up_proj = random_weight(2 * config.n_ff, config.n_embd)  # rows: gate, up
         self.down_proj = random_weight(config.n_embd, config.n_ff)
 
-    def weights(self, dtype):
+    def cast(self, dtype):
         return tuple(w.to(dtype) for w in (self.gqkv_proj, self.o_proj, self.gate_up_proj, self.down_proj))
+
+
+class Weights(NamedTuple):
+    """The weights in the dtype of computation, made once for all uses in a step; gradients reach the originals."""
+
+    H: list  # per block, its four matrices
+    L: list
+    lm_head: torch.Tensor
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -277,7 +378,11 @@ class HRM(nn.Module):
         g, q, k, v = before(x, gqkv_proj, cos, sin, self.config.norm_eps)
         return after(x, g, attend(q, k, v, mask, kv), *others, self.config.norm_eps)
 
-    def hidden(self, idx, pos, mask, bp_steps=None, caches=None):
+    def weights(self):
+        H, L = ([block.cast(self.compute_dtype) for block in stack] for stack in (self.H, self.L))
+        return Weights(H, L, self.lm_head.to(self.compute_dtype))
+
+    def hidden(self, idx, pos, mask, weights, bp_steps=None, caches=None):
         """
         The recurrence: tokens (B, T) at positions (B, T) -> final z_H (B, T, n_embd).
 
@@ -296,8 +401,6 @@ class HRM(nn.Module):
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=idx.device) / config.head_dim)
         angle = pos[:, :, None, None] * frequency  # (B, T, 1, head_dim/2), fp32
         cos, sin = angle.cos(), angle.sin()
-        H_weights = [block.weights(dtype) for block in self.H]
-        L_weights = [block.weights(dtype) for block in self.L]
         caches = iter(caches) if caches is not None else None
         grad = torch.is_grad_enabled()
 
@@ -306,8 +409,8 @@ class HRM(nn.Module):
                 x = z + other
                 if torch.is_grad_enabled() and not x.requires_grad:
                     x.requires_grad_()  # spares a compilation: a block's input is then always of one kind
-                for weights in stack:
-                    args = (weights, cos, sin, mask, next(caches) if caches else None)
+                for matrices in stack:
+                    args = (matrices, cos, sin, mask, next(caches) if caches else None)
                     if self.recompute_blocks and torch.is_grad_enabled():
                         x = checkpoint(self.block, x, *args, use_reentrant=False, preserve_rng_state=False)
                     else:
@@ -318,49 +421,41 @@ class HRM(nn.Module):
         z_L = self.z_L_init.to(dtype).expand_as(z_H)
         for h in range(H_steps):
             for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
-                z_L = step(L_weights, z_L, z_H, l >= first_L)
-            z_H = step(H_weights, z_H, z_L, h >= first_H)
+                z_L = step(weights.L, z_L, z_H, l >= first_L)
+            z_H = step(weights.H, z_H, z_L, h >= first_H)
         return z_H
 
-    def logits(self, h):
-        """(..., n_embd) -> (..., vocab_size), fp32."""
-        return F.linear(h, self.lm_head.to(h.dtype)).float()
-
-    def loss(self, h, targets, at):
-        """
-        Mean cross-entropy over the positions `at` of the flattened rows, a chunk at a time: logits of a large
-        vocabulary would fill the memory, so each chunk's are made, used, and made again in the backward pass.
-        """
-
-        def chunk_loss(h, targets):
-            return F.cross_entropy(self.logits(h), targets, reduction="sum")
-
-        h, targets = h.flatten(0, 1).index_select(0, at), targets.flatten().index_select(0, at)
-        rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
-        chunks = zip(h.split(rows), targets.split(rows))
-        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        return sum(losses) / max(len(at), 1)
-
-    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None):
+    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None, weights=None):
         """
         idx, targets: (B, T) int64, targets IGNORE where there is no loss; doc: (B, T) int, the document of each token,
         -1 for padding (None: a row is one document); prefix: (B, T) bool (None: all causal).
+        Any of these may be in host memory, so that the device need not be waited for. weights: self.weights(), if it
+        is to serve several micro-batches. The forward pass computes gradients too, unless under torch.no_grad().
         Returns (logits (B, T, vocab_size) fp32, None) without targets, else (None, mean loss over targets).
         Raises ValueError if T exceeds block_size or bp_steps is out of range.
         """
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"rows of {T} tokens exceed the model's block_size of {self.config.block_size}")
-        at = (targets.flatten() != IGNORE).nonzero().squeeze(1) if targets is not None else None
+        weights = weights or self.weights()
+        device = self.embed.device
         if prefix is None or not self.config.prefix_lm:
             prefix = torch.zeros_like(idx, dtype=torch.bool)
         if doc is None:
             doc = torch.arange(B, device=idx.device)[:, None].expand(B, T)
-        flex_by_default = idx.is_cuda and self.compile_blocks and self.config.head_dim >= 16
-        flex = self.attention == "flex" or (self.attention == "auto" and flex_by_default)
-        mask = flex_mask(doc, prefix) if flex else packed_mask(doc, prefix)
-        h = self.hidden(idx, document_positions(doc)[1], mask, bp_steps)
-        return (self.logits(h), None) if targets is None else (None, self.loss(h, targets, at))
+        flex_by_default = device.type == "cuda" and self.compile_blocks and self.config.head_dim >= 16
+        if self.attention == "flex" or (self.attention == "auto" and flex_by_default):
+            mask = flex_mask(upload(doc, device), upload(prefix, device))
+        else:
+            mask = packed_mask(doc, prefix, self.config.n_head).to(device, self.compute_dtype)
+        pos = upload(document_positions(doc)[1], device)
+        h = self.hidden(upload(idx, device), pos, mask, weights, bp_steps)
+        if targets is None:
+            return linear(h, weights.lm_head).float(), None
+        at = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        h, targets = h.flatten(0, 1).index_select(0, upload(at, device)), upload(targets.flatten()[at], device)
+        total = CrossEntropy.apply(h, weights.lm_head, targets, torch.is_grad_enabled())
+        return None, total / max(len(at), 1)
 
     def flops_per_token(self, bp_steps):
         """
@@ -440,56 +535,101 @@ class HRM(nn.Module):
     # generation
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None):
-        """generate(), step by step: yields a list with the next id of each prompt, None where it has ended."""
-        config, device = self.config, self.embed.device
-        if not prompts:
-            return
+    def stream(
+        self,
+        prompts,
+        max_new_tokens,
+        temperature=0.0,
+        top_k=None,
+        top_p=None,
+        stop_token=None,
+        seed=None,
+        slots=None,
+    ):
+        """
+        generate(), step by step: yields lists of (number of a prompt, its next id), where None for an id says that the
+        prompt's answer is complete.
+        """
+        config, device, sizes = self.config, self.embed.device, [len(p) for p in prompts]
         if temperature < 0 or (top_k or 0) < 0 or not 0 <= (top_p or 0) <= 1:
             raise ValueError("temperature and top_k must be at least 0, and top_p from 0 to 1")
-        sizes = [len(p) for p in prompts]
-        lengths, longest = torch.tensor(sizes, device=device), max(sizes)
-        if not 0 < min(sizes) <= longest <= config.block_size:
-            raise ValueError(f"a prompt must have 1 to block_size = {config.block_size} tokens; one has {longest}")
-        idx = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-        for row, prompt in zip(idx, prompts):
-            row[: len(prompt)] = torch.tensor(prompt, device=device)
-        # Prompts stand at the left of their rows. What padding writes to the cache is overwritten before it is seen.
-        room = min(longest + max_new_tokens - 1, config.block_size)
-        shape = (len(prompts), room, config.n_head, config.head_dim)
-        keys_values = [
-            torch.zeros(2, *shape, dtype=self.compute_dtype, device=device)
-            for _ in range(config.n_steps * config.n_layer // 2)
-        ]
-        pos = torch.arange(longest, device=device).expand_as(idx)
-        generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-        alive = [True] * len(prompts)
-        for i in range(max_new_tokens):
-            key_pos = torch.arange(min(longest + i, room), device=device)
-            in_prefix = (key_pos < lengths[:, None, None]) & config.prefix_lm
-            mask = may_see(pos[:, :, None], key_pos, in_prefix)[:, None]  # (B, 1, T, S)
-            h = self.hidden(idx, pos, mask, caches=[KVCache(k, v, pos) for k, v in keys_values])
-            if i == 0:
-                h = h.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, h.size(-1)))
-            new = pick(self.logits(h[:, -1])[:, : self.usable_ids], temperature, top_k, top_p, generator)
-            ids = new.tolist()
-            alive = [a and t != stop_token and n + i <= config.block_size for a, t, n in zip(alive, ids, sizes)]
-            yield [t if a else None for a, t in zip(alive, ids)]
-            if not any(alive):
-                return
-            idx, pos = new[:, None], (lengths + i)[:, None].clamp(max=room - 1)
+        if prompts and not 0 < min(sizes) <= max(sizes) <= config.block_size:
+            raise ValueError(f"a prompt must have 1 to block_size = {config.block_size} tokens; one has {max(sizes)}")
+        limits = [min(max_new_tokens, config.block_size + 1 - n) for n in sizes]  # the last token need not be read
+        n_slots = min(slots or len(prompts), len(prompts))
+        room = max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0)
+        shape = (config.n_steps * config.n_layer // 2, 2, n_slots, room, config.n_head, config.head_dim)
+        cache = torch.zeros(shape, dtype=self.compute_dtype, device=device)
+        weights, generator = self.weights(), None if seed is None else torch.Generator(device).manual_seed(seed)
+        last = torch.zeros(n_slots, dtype=torch.long, device=device)  # the newest id of each slot,
+        pos = torch.zeros_like(last)  # and its place, where keys and values go
+        every = torch.arange(n_slots, device=device)
+        owner, made = [None] * n_slots, [0] * len(prompts)
+        waiting = deque(i for i, limit in enumerate(limits) if limit > 0)
 
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None):
+        def next_ids(idx, slot, pos, mask, at=slice(None)):
+            h = self.hidden(idx, pos, mask, weights, caches=[KVCache(k, v, slot, pos) for k, v in cache])
+            logits = linear(h.flatten(0, 1)[at], weights.lm_head).float()
+            return pick(logits[:, : self.usable_ids], temperature, top_k, top_p, generator)
+
+        while waiting or any(i is not None for i in owner):
+            free = [slot for slot, i in enumerate(owner) if i is None]
+            if waiting and len(free) * REFILL >= n_slots:
+                fresh, n = [], 0
+                while waiting and len(fresh) < len(free) and (not fresh or n + sizes[waiting[0]] <= PREFILL):
+                    fresh.append(waiting.popleft())
+                    n += sizes[fresh[-1]]
+                used = free[: len(fresh)]
+                for slot, i in zip(used, fresh):
+                    owner[slot] = i
+                lengths, taken = torch.tensor([sizes[i] for i in fresh]), torch.tensor(used)
+                idx = torch.tensor([t for i in fresh for t in prompts[i]])[None]
+                doc = torch.arange(len(fresh)).repeat_interleave(lengths)[None]
+                prefix = torch.full_like(idx, config.prefix_lm, dtype=torch.bool)
+                mask = packed_mask(doc, prefix, config.n_head).to(device, self.compute_dtype)
+                rows = (idx, taken[doc], document_positions(doc)[1])
+                at, lengths, taken = (upload(t, device) for t in (lengths.cumsum(0) - 1, lengths, taken))
+                last[taken] = next_ids(*(upload(t, device) for t in rows), mask, at)
+                pos[taken] = lengths
+            else:
+                used = [slot for slot, i in enumerate(owner) if i is not None]
+                seen = max(sizes[owner[slot]] + made[owner[slot]] for slot in used)
+                mask = (torch.arange(seen, device=device) <= pos[:, None])[:, None, None]  # (slots, 1, 1, seen)
+                last = next_ids(last[:, None], every[:, None], pos[:, None], mask)
+                pos = (pos + 1).clamp(max=room - 1)  # of a slot that is free this has no meaning
+            ids, news = last.tolist(), []
+            for slot in used:
+                i = owner[slot]
+                made[i] += 1
+                stopped = ids[slot] == stop_token
+                news += [] if stopped else [(i, ids[slot])]
+                if stopped or made[i] == limits[i]:
+                    news.append((i, None))
+                    owner[slot] = None
+            yield news
+
+    def generate(
+        self,
+        prompts,
+        max_new_tokens,
+        temperature=0.0,
+        top_k=None,
+        top_p=None,
+        stop_token=None,
+        seed=None,
+        slots=None,
+    ):
         """
         Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
         temperature 0 is greedy; top_k and top_p narrow the choice; seed makes sampling repeatable.
-        Returns the new ids of each, without the stop token; a document ends at block_size at the latest.
+        At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
+        Returns the new ids of each, without the stop_token; a document ends at block_size at the latest.
         """
         new = [[] for _ in prompts]
-        for ids in self.stream(prompts, max_new_tokens, temperature, top_k, top_p, stop_token, seed):
-            for row, t in zip(new, ids):
+        for news in self.stream(prompts, max_new_tokens, temperature, top_k, top_p, stop_token, seed, slots):
+            for i, t in news:
                 if t is not None:
-                    row.append(t)
+                    new[i].append(t)
         return new
 
 

@@ -51,9 +51,10 @@ def answer(instruction):
     for i in range(num_samples):
         print(f"--- sample {i + 1}" if num_samples > 1 else "---")
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
-        for (new,) in model.stream([ids], max_new_tokens, temperature, top_k, top_p, stop, seed + i):
-            if new is not None:
-                print(text.decode(encoding.decode_single_token_bytes(new)), end="", flush=True)
+        for news in model.stream([ids], max_new_tokens, temperature, top_k, top_p, stop, seed + i):
+            for _, new in news:
+                if new is not None:
+                    print(text.decode(encoding.decode_single_token_bytes(new)), end="", flush=True)
         print(text.decode(b"", final=True))
 
 
