@@ -189,10 +189,48 @@ MKL_IS_SLOW = mkl_is_slow()
 def linear(x, weight):
     """F.linear, in the fastest way for where x is: x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
     if MKL_IS_SLOW and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 128 * x.size(-1):
-        # oneDNN multiplies in fp32 too, but torch asks it for convolutions only: here of one pixel, over a column.
-        y = F.conv2d(x.reshape(1, -1, 1, x.size(-1)).permute(0, 3, 1, 2), weight[:, :, None, None])
-        return y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
+        return onednn_linear(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
+
+
+# torch asks oneDNN for fp32 convolutions but not for fp32 products, so a product becomes the convolution, with kernels
+# of one pixel, of an image one pixel high. An operator of our own, as torch.compile would change the order in memory.
+
+
+def as_images(*matrices):
+    """(n, channels) -> (1, channels, 1, n), the same memory."""
+    return [t.contiguous()[None, None].permute(0, 3, 1, 2) for t in matrices]
+
+
+@torch.library.custom_op("hrm::linear", mutates_args=())
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(*as_images(x), weight[:, :, None, None])[0, :, 0].T.contiguous()
+
+
+@torch.library.custom_op("hrm::linear_backward", mutates_args=())
+def onednn_linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    geometry = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    images = (*as_images(grad, x), weight[:, :, None, None])
+    dx, dweight, _ = torch.ops.aten.convolution_backward(*images, *geometry, [True, True, False])
+    return dx[0, :, 0].T.contiguous(), dweight[:, :, 0, 0].contiguous()
+
+
+@onednn_linear.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
+@onednn_linear_backward.register_fake
+def _(grad, x, weight):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+onednn_linear.register_autograd(
+    lambda ctx, grad: onednn_linear_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def norm(x, eps):
@@ -247,12 +285,12 @@ def packed_attention(q, k, v, mask):
 def dense_attention(q, k, v, bias):
     """q, k, v, result: (D, n_head, L, head_dim); bias (D, 1, L, L)."""
     if q.is_cpu and q.size(2) <= 1024:  # as fast as SDPA in fp32 there, three times as fast in bf16 (torch 2.13)
-        return (q * q.size(-1) ** -0.5 @ k.mT).add_(bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return (q @ k.mT).add_(bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
 def attend(q, k, v, mask, kv):
-    """softmax(q k / sqrt(head_dim)) v under any of the masks. q, k, v, result: (B, T, n_head, head_dim)."""
+    """softmax(q k) v under any of the masks. q, k, v, result: (B, T, n_head, head_dim)."""
     if kv is not None:
         kv.update(k, v)
     if isinstance(mask, PackedMask):
@@ -261,8 +299,8 @@ def attend(q, k, v, mask, kv):
         k, v = kv.k[:, : mask.size(-1)], kv.v[:, : mask.size(-1)]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if isinstance(mask, BlockMask):
-        return compiled(flex_attention)(q, k, v, block_mask=mask).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return compiled(flex_attention)(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)
 
 
 # A block is two functions of its weights with attention between, and not one method of a module: the two have static
@@ -274,7 +312,8 @@ def before_attention(x, gqkv_proj, cos, sin, eps):
     B, T, _ = x.shape
     gqkv = linear(norm(x, eps), gqkv_proj)
     g, q, k, v = gqkv.view(B, T, 4, -1, 2 * cos.size(-1)).unbind(2)
-    return g, rotate(q, cos, sin), rotate(k, cos, sin), v
+    scale = q.size(-1) ** -0.5  # of the scores, here where it costs nothing
+    return g, rotate(q, cos * scale, sin * scale), rotate(k, cos, sin), v
 
 
 def after_attention(x, g, y, o_proj, gate_up_proj, down_proj, eps):
@@ -303,7 +342,7 @@ class CrossEntropy(torch.autograd.Function):
             scale = logits.logsumexp(-1, keepdim=True)
             total += (scale - logits.gather(1, ids)).sum()
             if with_gradient:
-                dlogits = logits.sub_(scale).exp_()
+                dlogits = (logits - scale).exp_()
                 dlogits.scatter_add_(1, ids, torch.full_like(scale, -1))
                 part, dw = torch.autograd.grad(output, inputs, dlogits.to(output.dtype))
                 dh.append(part)

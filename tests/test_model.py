@@ -159,22 +159,25 @@ def test_both_masks_state_the_same_rule():
     flex = flex_mask(doc, prefix)
     q, k = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     dense = flex.mask_mod(torch.zeros_like(q), torch.zeros_like(q), q, k)
-    mask, seen, begin = packed_mask(doc, prefix), {}, 0
-    for visible in mask.visible:
-        D, _, L, _ = visible.shape
-        tokens = mask.token[begin : begin + D * L].view(D, L)
-        for document, place in torch.cartesian_prod(torch.arange(D), torch.arange(L)).tolist():
-            seen[begin + document * L + place] = tokens[document][visible[document, 0, place]]
-        begin += D * L
+    mask, seen, begin = packed_mask(doc, prefix, n_head=2), {}, 0
+    for bias in mask.bias:
+        D, _, L, _ = bias.shape
+        vectors = mask.token[begin : begin + D * 2 * L].view(D, 2, L)
+        for document, head, place in torch.cartesian_prod(torch.arange(D), torch.arange(2), torch.arange(L)).tolist():
+            visible = bias[document, 0, place] == 0
+            seen[begin + (2 * document + head) * L + place] = vectors[document, head][visible]
+        begin += D * 2 * L
     for i in (doc[0] >= 0).nonzero().squeeze(1):
-        assert torch.equal(seen[mask.slot[i].item()].sort().values, dense[i].nonzero().squeeze(1))
+        for head in 0, 1:
+            vectors = seen[mask.slot[2 * i + head].item()]
+            assert torch.equal(vectors.sort().values, 2 * dense[i].nonzero().squeeze(1) + head)
 
 
 def test_documents_of_all_lengths_share_a_row_at_little_cost():
     """One long document among many short ones does not make all of them as long."""
     docs = documents([(2, 3)] * 100 + [(150, 150)])
     idx, _, doc, prefix = pack(docs, 800)
-    assert len(packed_mask(doc, prefix).token) <= 2 * 800
+    assert len(packed_mask(doc, prefix, n_head=1).token) <= 1.2 * 800
     model = tiny_model(block_size=800)
     logits, _ = model(idx, doc=doc, prefix=prefix)
     for number in (0, 57, 100):
