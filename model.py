@@ -19,6 +19,7 @@ As a script it exports a run to the Hugging Face layout, for transformers and al
     python model.py --out_dir=out --export_dir=out-hf
 """
 
+import ctypes
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import zipfile
 from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,9 +189,36 @@ MKL_IS_SLOW = mkl_is_slow()
 
 def linear(x, weight):
     """F.linear, in the fastest way for where x is: x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
+    if isinstance(weight, Packed):
+        return packed_linear(x.reshape(-1, x.size(-1)), weight.tensor).view(*x.shape[:-1], weight.tensor.size(0))
+    if x.is_cpu and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+        return (x.unsqueeze(-2) * weight).sum(-1)  # Inductor's loop reads weights faster than MKL does for one row
     if MKL_IS_SLOW and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 128 * x.size(-1):
         return onednn_linear(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
+
+
+class Packed(NamedTuple):
+    """A weight in the order in which oneDNN reads it. For few rows, to reorder it at each use takes most of the time."""
+
+    tensor: torch.Tensor  # opaque
+
+
+def pack(weight):
+    """A weight for inference, packed where oneDNN is in use."""
+    if weight.is_cpu and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach()))  # as torch.compile does to constants
+    return weight
+
+
+@torch.library.custom_op("hrm::packed_linear", mutates_args=())
+def packed_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@packed_linear.register_fake
+def _(x, weight):
+    return x.new_empty(x.size(0), weight.size(0))
 
 
 # torch asks oneDNN for fp32 convolutions but not for fp32 products, so a product becomes the convolution, with kernels
@@ -247,14 +275,14 @@ def rotate(x, cos, sin):
 class KVCache(NamedTuple):
     """Keys and values of one block at one recurrent step, and where this call's tokens (B, T) go in it."""
 
-    k: torch.Tensor  # (slots, S, n_head, head_dim)
+    k: torch.Tensor  # (slots, n_head, S, head_dim)
     v: torch.Tensor
     slot: torch.Tensor  # (B, T)
     pos: torch.Tensor  # (B, T)
 
     def update(self, k, v):
-        self.k[self.slot, self.pos] = k
-        self.v[self.slot, self.pos] = v
+        self.k[self.slot, :, self.pos] = k
+        self.v[self.slot, :, self.pos] = v
 
 
 class Permute(torch.autograd.Function):
@@ -289,22 +317,30 @@ def dense_attention(q, k, v, bias):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
+def cached_attention(q, k, v, bias):
+    """One query per row: q, result (B, 1, n_head, head_dim); k, v (B, n_head, S, head_dim); bias (B, 1, 1, S)."""
+    q = q.transpose(1, 2)
+    if q.is_cpu and torch.compiler.is_compiling():  # two loops over the cache, at the speed of memory
+        scores = (q * k).sum(-1) + bias[:, :, 0]
+        return (scores.softmax(-1)[..., None] * v).sum(2)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2)
+
+
 def attend(q, k, v, mask, kv):
     """softmax(q k) v under any of the masks. q, k, v, result: (B, T, n_head, head_dim)."""
     if kv is not None:
         kv.update(k, v)
     if isinstance(mask, PackedMask):
         return packed_attention(q, k, v, mask).view(q.shape)
-    if kv is not None:
-        k, v = kv.k[:, : mask.size(-1)], kv.v[:, : mask.size(-1)]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if isinstance(mask, BlockMask):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return compiled(flex_attention)(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)
+    S = mask.size(-1)
+    return cached_attention(q, kv.k[:, :, :S], kv.v[:, :, :S], mask)
 
 
-# A block is two functions of its weights with attention between, and not one method of a module: the two have static
-# shapes while attention's follow the documents, and one compiled version of each serves every block of both stacks.
+# A block is two functions of its weights with attention between, and not one method of a module: in training the two
+# have static shapes while attention's follow the documents, and one compiled version serves every block of both stacks.
 
 
 def before_attention(x, gqkv_proj, cos, sin, eps):
@@ -321,6 +357,13 @@ def after_attention(x, g, y, o_proj, gate_up_proj, down_proj, eps):
     x = x + linear((torch.sigmoid(g) * y).flatten(2), o_proj)
     a, b = linear(norm(x, eps), gate_up_proj).chunk(2, dim=-1)
     return x + linear(F.silu(a) * b, down_proj)
+
+
+def block(x, matrices, cos, sin, eps, mask, kv=None, before=before_attention, after=after_attention):
+    """One pre-norm Transformer block on x (B, T, n_embd)."""
+    gqkv_proj, *others = matrices
+    g, q, k, v = before(x, gqkv_proj, cos, sin, eps)
+    return after(x, g, attend(q, k, v, mask, kv), *others, eps)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -408,18 +451,23 @@ class HRM(nn.Module):
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
 
-    def block(self, x, weights, cos, sin, mask, kv):
-        """One pre-norm Transformer block on x (B, T, n_embd)."""
-        gqkv_proj, *others = weights
-        before, after = before_attention, after_attention
-        if self.compile_blocks:
-            before, after = compiled(before), compiled(after)
-        g, q, k, v = before(x, gqkv_proj, cos, sin, self.config.norm_eps)
-        return after(x, g, attend(q, k, v, mask, kv), *others, self.config.norm_eps)
+    def block(self, *args):
+        """block() in the form that is fastest for its mask."""
+        if not self.compile_blocks or isinstance(args[5], PackedMask) and args[6] is not None:
+            return block(*args)  # prompts, say, whose shapes are new every time
+        if args[6] is not None:
+            return compiled(block)(*args)
+        return block(*args, compiled(before_attention), compiled(after_attention))
 
     def weights(self):
         H, L = ([block.cast(self.compute_dtype) for block in stack] for stack in (self.H, self.L))
         return Weights(H, L, self.lm_head.to(self.compute_dtype))
+
+    def packed_weights(self):
+        """weights() for generation from several prompts at a time."""
+        H, L, lm_head = self.weights()
+        H, L = ([tuple(map(pack, matrices)) for matrices in stack] for stack in (H, L))
+        return Weights(H, L, pack(lm_head))
 
     def hidden(self, idx, pos, mask, weights, bp_steps=None, caches=None):
         """
@@ -449,7 +497,7 @@ class HRM(nn.Module):
                 if torch.is_grad_enabled() and not x.requires_grad:
                     x.requires_grad_()  # spares a compilation: a block's input is then always of one kind
                 for matrices in stack:
-                    args = (matrices, cos, sin, mask, next(caches) if caches else None)
+                    args = (matrices, cos, sin, config.norm_eps, mask, next(caches) if caches else None)
                     if self.recompute_blocks and torch.is_grad_enabled():
                         x = checkpoint(self.block, x, *args, use_reentrant=False, preserve_rng_state=False)
                     else:
@@ -589,63 +637,54 @@ class HRM(nn.Module):
         generate(), step by step: yields lists of (number of a prompt, its next id), where None for an id says that the
         prompt's answer is complete.
         """
-        config, device, sizes = self.config, self.embed.device, [len(p) for p in prompts]
+        config, sizes = self.config, [len(p) for p in prompts]
         if temperature < 0 or (top_k or 0) < 0 or not 0 <= (top_p or 0) <= 1:
             raise ValueError("temperature and top_k must be at least 0, and top_p from 0 to 1")
         if prompts and not 0 < min(sizes) <= max(sizes) <= config.block_size:
             raise ValueError(f"a prompt must have 1 to block_size = {config.block_size} tokens; one has {max(sizes)}")
-        limits = [min(max_new_tokens, config.block_size + 1 - n) for n in sizes]  # the last token need not be read
-        n_slots = min(slots or len(prompts), len(prompts))
+        limits = [min(max_new_tokens, config.block_size + 1 - n) for n in sizes]  # a row of T tokens predicts one more
         room = max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0)
-        shape = (config.n_steps * config.n_layer // 2, 2, n_slots, room, config.n_head, config.head_dim)
-        cache = torch.zeros(shape, dtype=self.compute_dtype, device=device)
-        weights, generator = self.weights(), None if seed is None else torch.Generator(device).manual_seed(seed)
-        last = torch.zeros(n_slots, dtype=torch.long, device=device)  # the newest id of each slot,
-        pos = torch.zeros_like(last)  # and its place, where keys and values go
-        every = torch.arange(n_slots, device=device)
-        owner, made = [None] * n_slots, [0] * len(prompts)
-        waiting = deque(i for i, limit in enumerate(limits) if limit > 0)
-
-        def next_ids(idx, slot, pos, mask, at=slice(None)):
-            h = self.hidden(idx, pos, mask, weights, caches=[KVCache(k, v, slot, pos) for k, v in cache])
-            logits = linear(h.flatten(0, 1)[at], weights.lm_head).float()
-            return pick(logits[:, : self.usable_ids], temperature, top_k, top_p, generator)
-
-        while waiting or any(i is not None for i in owner):
+        n_slots = min(slots or len(prompts), len(prompts))
+        generator = None if seed is None else torch.Generator(self.embed.device).manual_seed(seed)
+        decoder = Decoder(self, n_slots, room, partial(pick, temperature, top_k, top_p, generator, self.usable_ids))
+        lag = int(self.embed.is_cuda)  # a GPU is at its next pass while the ids of the one before are looked at
+        waiting, passes = deque(i for i, limit in enumerate(limits) if limit > 0), deque()
+        owner, made, stopped = [None] * n_slots, [0] * len(prompts), set()
+        while waiting or passes or any(i is not None for i in owner):
+            used = [slot for slot, i in enumerate(owner) if i is not None]
             free = [slot for slot, i in enumerate(owner) if i is None]
             if waiting and len(free) * REFILL >= n_slots:
-                fresh, n = [], 0
-                while waiting and len(fresh) < len(free) and (not fresh or n + sizes[waiting[0]] <= PREFILL):
-                    fresh.append(waiting.popleft())
-                    n += sizes[fresh[-1]]
-                used = free[: len(fresh)]
-                for slot, i in zip(used, fresh):
-                    owner[slot] = i
-                lengths, taken = torch.tensor([sizes[i] for i in fresh]), torch.tensor(used)
-                idx = torch.tensor([t for i in fresh for t in prompts[i]])[None]
-                doc = torch.arange(len(fresh)).repeat_interleave(lengths)[None]
-                prefix = torch.full_like(idx, config.prefix_lm, dtype=torch.bool)
-                mask = packed_mask(doc, prefix, config.n_head).to(device, self.compute_dtype)
-                rows = (idx, taken[doc], document_positions(doc)[1])
-                at, lengths, taken = (upload(t, device) for t in (lengths.cumsum(0) - 1, lengths, taken))
-                last[taken] = next_ids(*(upload(t, device) for t in rows), mask, at)
-                pos[taken] = lengths
-            else:
-                used = [slot for slot, i in enumerate(owner) if i is not None]
-                seen = max(sizes[owner[slot]] + made[owner[slot]] for slot in used)
-                mask = (torch.arange(seen, device=device) <= pos[:, None])[:, None, None]  # (slots, 1, 1, seen)
-                last = next_ids(last[:, None], every[:, None], pos[:, None], mask)
-                pos = (pos + 1).clamp(max=room - 1)  # of a slot that is free this has no meaning
-            ids, news = last.tolist(), []
-            for slot in used:
-                i = owner[slot]
-                made[i] += 1
-                stopped = ids[slot] == stop_token
-                news += [] if stopped else [(i, ids[slot])]
-                if stopped or made[i] == limits[i]:
-                    news.append((i, None))
-                    owner[slot] = None
-            yield news
+                used, n = [], sizes[waiting[0]]
+                while waiting and len(used) < len(free) and (not used or n <= PREFILL):
+                    used.append(free[len(used)])
+                    owner[used[-1]] = waiting.popleft()
+                    n += sizes[waiting[0]] if waiting else 0
+                decoder.prefill([prompts[owner[slot]] for slot in used], used)
+            elif used:
+                decoder.decode(max(sizes[owner[slot]] + made[owner[slot]] for slot in used))
+            if used:
+                entries = []
+                for slot in used:
+                    i = owner[slot]
+                    made[i] += 1
+                    if made[i] == limits[i]:
+                        owner[slot] = None
+                    entries.append((slot, i, made[i] == limits[i]))
+                passes.append((decoder.ids(), entries))
+            if len(passes) > lag or not used:
+                ids, entries = passes.popleft()
+                ids, news = ids(), []
+                for slot, i, is_last in entries:
+                    if i in stopped:  # since this pass began
+                        continue
+                    if ids[slot] != stop_token:
+                        news.append((i, ids[slot]))
+                    else:
+                        stopped.add(i)
+                        owner[slot] = None if owner[slot] == i else owner[slot]
+                    if is_last or i in stopped:
+                        news.append((i, None))
+                yield news
 
     def generate(
         self,
@@ -670,6 +709,65 @@ class HRM(nn.Module):
                 if t is not None:
                     new[i].append(t)
         return new
+
+
+class Decoder:
+    """The part of generation that is on the device: answers in `n_slots` slots, each of at most `room` tokens."""
+
+    def __init__(self, model, n_slots, room, pick):
+        config, device = model.config, model.embed.device
+        self.model, self.pick = model, pick
+        self.kind = dict(dtype=model.compute_dtype, device=device)
+        shape = (n_slots, config.n_head, room, config.head_dim)
+        n_caches = config.n_steps * config.n_layer // 2
+        self.caches = [tuple(torch.zeros(shape, **self.kind) for _ in "kv") for _ in range(n_caches)]
+        for tensor in (t for pair in self.caches for t in pair):
+            torch._dynamo.mark_dynamic(tensor, 2)
+        self.weights = model.weights() if n_slots == 1 else model.packed_weights()
+        self.every = torch.arange(n_slots, device=device)
+        self.last, self.pos = torch.zeros_like(self.every), torch.zeros_like(self.every)  # newest ids; where they go
+
+    def prefill(self, prompts, slots):
+        """Read prompts into slots, all in one packed row, and choose the first id of each answer."""
+        config, device = self.model.config, self.kind["device"]
+        lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor(slots)
+        idx = torch.tensor([t for p in prompts for t in p])[None]
+        doc = torch.arange(len(prompts)).repeat_interleave(lengths)[None]
+        mask = packed_mask(doc, torch.full_like(doc, config.prefix_lm, dtype=torch.bool), config.n_head).to(**self.kind)
+        place = slots[doc], document_positions(doc)[1]
+        slots, ends, lengths = (upload(t, device) for t in (slots, lengths.cumsum(0) - 1, lengths))
+        h = self._hidden(upload(idx, device), *(upload(t, device) for t in place), mask)
+        self.last[slots] = self.pick(linear(h[0, ends], self.weights.lm_head))
+        self.pos[slots] = lengths
+
+    def decode(self, n_keys):
+        """Choose the next id of every slot; none has more than n_keys tokens. In free slots it means nothing."""
+        bias = torch.zeros(len(self.pos), 1, 1, n_keys, **self.kind)
+        place = torch.arange(n_keys, device=self.pos.device)
+        bias.masked_fill_((place > self.pos[:, None])[:, None, None], -math.inf)
+        torch._dynamo.mark_dynamic(bias, 3)
+        h = self._hidden(self.last[:, None], self.every[:, None], self.pos[:, None], bias)
+        head = compiled(linear) if self.model.compile_blocks else linear
+        self.last = self.pick(head(h[:, 0], self.weights.lm_head))
+        self.pos = (self.pos + 1).clamp(max=self.caches[0][0].size(2) - 1)
+
+    def _hidden(self, idx, slot, pos, mask):
+        caches = [KVCache(k, v, slot, pos) for k, v in self.caches]
+        return self.model.hidden(idx, pos, mask, self.weights, caches=caches)
+
+    def ids(self):
+        """A function that waits for what the last pass chose and returns it as a list."""
+        ids = self.last.to("cpu", non_blocking=True, copy=True)
+        if not self.last.is_cuda:
+            return ids.tolist
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait():
+            event.synchronize()
+            return ids.tolist()
+
+        return wait
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -929,11 +1027,25 @@ def choose_device(device, dtype):
         raise ValueError(f"device {device} is not available here; there is {there}")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
+    if kind == "cpu":
+        keep_freed_memory()
     return device, getattr(torch, dtype)
 
 
-def pick(logits, temperature, top_k, top_p, generator):
+def keep_freed_memory():
+    """
+    Have glibc keep for reuse what this process frees. It would hand large blocks back to the system, and get each page
+    of the next one by a fault: up to a tenth of the time on a CPU.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # another system's C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def pick(temperature, top_k, top_p, generator, usable_ids, logits):
     """The next ids (B,) from logits (B, vocab_size)."""
+    logits = logits[:, :usable_ids].float()
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
