@@ -29,6 +29,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
+from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,11 +177,10 @@ def compiled(function):
 
 
 def mkl_is_slow():
-    """Whether torch's fp32 matmul (MKL, which keeps to AVX2 on AMD) is slower here than oneDNN, which uses AVX-512."""
+    """Whether torch's own fp32 matmul (by MKL, which keeps to AVX2 on AMD) is slower than oneDNN's with AVX-512."""
     with suppress(OSError):
-        return (
-            "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        )
+        avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+        return avx512 and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return False
 
 
@@ -189,50 +189,28 @@ MKL_IS_SLOW = mkl_is_slow()
 
 def linear(x, weight):
     """F.linear, in the fastest way for where x is: x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
-    if isinstance(weight, Packed):
-        return packed_linear(x.reshape(-1, x.size(-1)), weight.tensor).view(*x.shape[:-1], weight.tensor.size(0))
-    if x.is_cpu and x.numel() == x.size(-1) and torch.compiler.is_compiling():
-        return (x.unsqueeze(-2) * weight).sum(-1)  # Inductor's loop reads weights faster than MKL does for one row
-    if MKL_IS_SLOW and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 128 * x.size(-1):
-        return onednn_linear(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], len(weight))
+    rows = x.numel() // x.size(-1)
+    if x.is_cpu and rows == 1 and torch.compiler.is_compiling():
+        return (x.unsqueeze(-2) * weight).sum(-1)  # Inductor's loop reads a weight at the speed of memory, MKL does not
+    if MKL_IS_SLOW and x.is_cpu and x.dtype == torch.float32 and rows >= 8:
+        return onednn_linear(x, weight)
     return F.linear(x, weight)
 
 
-class Packed(NamedTuple):
-    """A weight in the order in which oneDNN reads it. For few rows, to reorder it at each use takes most of the time."""
-
-    tensor: torch.Tensor  # opaque
+# Operators of our own around two of oneDNN's, for torch.compile to leave alone: its product, best for few rows, and for
+# many rows and for gradients its convolution, with kernels of one pixel, of an image one pixel high.
 
 
-def pack(weight):
-    """A weight for inference, packed where oneDNN is in use."""
-    if weight.is_cpu and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-        return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach()))  # as torch.compile does to constants
-    return weight
-
-
-@torch.library.custom_op("hrm::packed_linear", mutates_args=())
-def packed_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@packed_linear.register_fake
-def _(x, weight):
-    return x.new_empty(x.size(0), weight.size(0))
-
-
-# torch asks oneDNN for fp32 convolutions but not for fp32 products, so a product becomes the convolution, with kernels
-# of one pixel, of an image one pixel high. An operator of our own, as torch.compile would change the order in memory.
-
-
-def as_images(*matrices):
-    """(n, channels) -> (1, channels, 1, n), the same memory."""
-    return [t.contiguous()[None, None].permute(0, 3, 1, 2) for t in matrices]
+def as_images(*tensors):
+    """(..., channels) -> (1, channels, 1, pixels), the same memory."""
+    return [t.reshape(1, 1, -1, t.size(-1)).permute(0, 3, 1, 2) for t in tensors]
 
 
 @torch.library.custom_op("hrm::linear", mutates_args=())
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.conv2d(*as_images(x), weight[:, :, None, None])[0, :, 0].T.contiguous()
+    if x.numel() // x.size(-1) >= 1024 and weight.is_contiguous():
+        return F.conv2d(*as_images(x), weight[:, :, None, None])[0, :, 0].T.reshape(*x.shape[:-1], len(weight))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @torch.library.custom_op("hrm::linear_backward", mutates_args=())
@@ -242,23 +220,28 @@ def onednn_linear_backward(
     geometry = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     images = (*as_images(grad, x), weight[:, :, None, None])
     dx, dweight, _ = torch.ops.aten.convolution_backward(*images, *geometry, [True, True, False])
-    return dx[0, :, 0].T.contiguous(), dweight[:, :, 0, 0].contiguous()
+    return dx[0, :, 0].T.reshape(x.shape), dweight[:, :, 0, 0].contiguous()
 
 
 @onednn_linear.register_fake
 def _(x, weight):
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
 @onednn_linear_backward.register_fake
 def _(grad, x, weight):
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 onednn_linear.register_autograd(
     lambda ctx, grad: onednn_linear_backward(grad, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
+
+
+def in_first(weight):
+    """The same weight (n_out, n_in), in memory as (n_in, n_out), which oneDNN need not reorder at every use."""
+    return weight.T.contiguous().T
 
 
 def norm(x, eps):
@@ -317,13 +300,25 @@ def dense_attention(q, k, v, bias):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
-def cached_attention(q, k, v, bias):
-    """One query per row: q, result (B, 1, n_head, head_dim); k, v (B, n_head, S, head_dim); bias (B, 1, 1, S)."""
-    q = q.transpose(1, 2)
-    if q.is_cpu and torch.compiler.is_compiling():  # two loops over the cache, at the speed of memory
-        scores = (q * k).sum(-1) + bias[:, :, 0]
-        return (scores.softmax(-1)[..., None] * v).sum(2)[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2)
+class CacheMask(NamedTuple):
+    """What one new token per slot sees of the cache, for groups of slots: it may be less in one than in another."""
+
+    bias: tuple  # per group (n, 1, 1, S): 0 up to the slot's newest token, -inf after
+
+
+def cached_attention(q, keys, values, mask):
+    """One query per slot: q, result (B, 1, n_head, head_dim); keys, values (B, n_head, room, head_dim)."""
+    out, start = [], 0
+    for bias in mask.bias:
+        slots, S = slice(start, start + bias.size(0)), bias.size(-1)
+        some, k, v = q[slots].transpose(1, 2), keys[slots, :, :S], values[slots, :, :S]
+        if q.is_cpu and torch.compiler.is_compiling():  # two loops over the cache, at the speed of memory
+            weights = ((some * k).sum(-1) + bias[:, :, 0]).softmax(-1)
+            out.append((weights[..., None] * v).sum(2)[:, None])
+        else:
+            out.append(F.scaled_dot_product_attention(some, k, v, attn_mask=bias, scale=1.0).transpose(1, 2))
+        start = slots.stop
+    return torch.cat(out)
 
 
 def attend(q, k, v, mask, kv):
@@ -335,8 +330,7 @@ def attend(q, k, v, mask, kv):
     if isinstance(mask, BlockMask):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return compiled(flex_attention)(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
-    S = mask.size(-1)
-    return cached_attention(q, kv.k[:, :, :S], kv.v[:, :, :S], mask)
+    return cached_attention(q, kv.k, kv.v, mask)
 
 
 # A block is two functions of its weights with attention between, and not one method of a module: in training the two
@@ -364,6 +358,17 @@ def block(x, matrices, cos, sin, eps, mask, kv=None, before=before_attention, af
     gqkv_proj, *others = matrices
     g, q, k, v = before(x, gqkv_proj, cos, sin, eps)
     return after(x, g, attend(q, k, v, mask, kv), *others, eps)
+
+
+def consecutive_blocks(x, other, stack, cos, sin, eps, mask, caches, is_end):
+    """
+    A step of the recurrence, or where a stack is deep a part of one, for decoding: a block's work on a token or two is
+    so little that to call a compiled function for it would take as long.
+    """
+    x = x if other is None else x + other
+    for matrices, kv in zip(stack, caches):
+        x = block(x, matrices, cos, sin, eps, mask, kv)
+    return norm(x, eps) if is_end else x
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -451,23 +456,9 @@ class HRM(nn.Module):
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
 
-    def block(self, *args):
-        """block() in the form that is fastest for its mask."""
-        if not self.compile_blocks or isinstance(args[5], PackedMask) and args[6] is not None:
-            return block(*args)  # prompts, say, whose shapes are new every time
-        if args[6] is not None:
-            return compiled(block)(*args)
-        return block(*args, compiled(before_attention), compiled(after_attention))
-
     def weights(self):
         H, L = ([block.cast(self.compute_dtype) for block in stack] for stack in (self.H, self.L))
         return Weights(H, L, self.lm_head.to(self.compute_dtype))
-
-    def packed_weights(self):
-        """weights() for generation from several prompts at a time."""
-        H, L, lm_head = self.weights()
-        H, L = ([tuple(map(pack, matrices)) for matrices in stack] for stack in (H, L))
-        return Weights(H, L, pack(lm_head))
 
     def hidden(self, idx, pos, mask, weights, bp_steps=None, caches=None):
         """
@@ -488,24 +479,33 @@ class HRM(nn.Module):
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=idx.device) / config.head_dim)
         angle = pos[:, :, None, None] * frequency  # (B, T, 1, head_dim/2), fp32
         cos, sin = angle.cos(), angle.sin()
-        caches = iter(caches) if caches is not None else None
+        args, run = (cos, sin, config.norm_eps, mask), block
+        if self.compile_blocks and caches is None:  # prompts would bring a new shape every time
+            run = partial(block, before=compiled(before_attention), after=compiled(after_attention))
+        caches = iter(caches) if caches else repeat(None)
         grad = torch.is_grad_enabled()
 
         def step(stack, z, other, carries_grad):
             with torch.set_grad_enabled(grad and carries_grad):
+                kvs = list(islice(caches, len(stack)))
+                if self.compile_blocks and isinstance(mask, CacheMask):
+                    for i in range(0, len(stack), 4):
+                        some, part = (stack[i : i + 4], *args, kvs[i : i + 4]), compiled(consecutive_blocks)
+                        z = part(z, None if i else other, *some, is_end=i + 4 >= len(stack))
+                    return z
                 x = z + other
                 if torch.is_grad_enabled() and not x.requires_grad:
                     x.requires_grad_()  # spares a compilation: a block's input is then always of one kind
-                for matrices in stack:
-                    args = (matrices, cos, sin, config.norm_eps, mask, next(caches) if caches else None)
+                for matrices, kv in zip(stack, kvs):
                     if self.recompute_blocks and torch.is_grad_enabled():
-                        x = checkpoint(self.block, x, *args, use_reentrant=False, preserve_rng_state=False)
+                        options = dict(use_reentrant=False, preserve_rng_state=False)
+                        x = checkpoint(run, x, matrices, *args, kv, **options)
                     else:
-                        x = self.block(x, *args)
+                        x = run(x, matrices, *args, kv)
                 return norm(x, config.norm_eps)
 
         z_H = (F.embedding(idx, self.embed) * config.embed_scale).to(dtype)
-        z_L = self.z_L_init.to(dtype).expand_as(z_H)
+        z_L = torch.zeros_like(z_H) + self.z_L_init.to(dtype)
         for h in range(H_steps):
             for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
                 z_L = step(weights.L, z_L, z_H, l >= first_L)
@@ -648,7 +648,8 @@ class HRM(nn.Module):
         generator = None if seed is None else torch.Generator(self.embed.device).manual_seed(seed)
         decoder = Decoder(self, n_slots, room, partial(pick, temperature, top_k, top_p, generator, self.usable_ids))
         lag = int(self.embed.is_cuda)  # a GPU is at its next pass while the ids of the one before are looked at
-        waiting, passes = deque(i for i, limit in enumerate(limits) if limit > 0), deque()
+        waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
+        passes = deque()
         owner, made, stopped = [None] * n_slots, [0] * len(prompts), set()
         while waiting or passes or any(i is not None for i in owner):
             used = [slot for slot, i in enumerate(owner) if i is not None]
@@ -661,7 +662,7 @@ class HRM(nn.Module):
                     n += sizes[waiting[0]] if waiting else 0
                 decoder.prefill([prompts[owner[slot]] for slot in used], used)
             elif used:
-                decoder.decode(max(sizes[owner[slot]] + made[owner[slot]] for slot in used))
+                decoder.decode([0 if i is None else sizes[i] + made[i] for i in owner])
             if used:
                 entries = []
                 for slot in used:
@@ -718,14 +719,17 @@ class Decoder:
         config, device = model.config, model.embed.device
         self.model, self.pick = model, pick
         self.kind = dict(dtype=model.compute_dtype, device=device)
-        shape = (n_slots, config.n_head, room, config.head_dim)
+        shape = (n_slots, config.n_head, room + 1, config.head_dim)  # a slice that is never all compiles but once
         n_caches = config.n_steps * config.n_layer // 2
         self.caches = [tuple(torch.zeros(shape, **self.kind) for _ in "kv") for _ in range(n_caches)]
         for tensor in (t for pair in self.caches for t in pair):
             torch._dynamo.mark_dynamic(tensor, 2)
-        self.weights = model.weights() if n_slots == 1 else model.packed_weights()
         self.every = torch.arange(n_slots, device=device)
         self.last, self.pos = torch.zeros_like(self.every), torch.zeros_like(self.every)  # newest ids; where they go
+        self.weights = model.weights()
+        if MKL_IS_SLOW and n_slots > 1 and not self.last.is_cuda:
+            H, L = ([tuple(map(in_first, matrices)) for matrices in stack] for stack in self.weights[:2])
+            self.weights = Weights(H, L, in_first(self.weights.lm_head))
 
     def prefill(self, prompts, slots):
         """Read prompts into slots, all in one packed row, and choose the first id of each answer."""
@@ -740,16 +744,18 @@ class Decoder:
         self.last[slots] = self.pick(linear(h[0, ends], self.weights.lm_head))
         self.pos[slots] = lengths
 
-    def decode(self, n_keys):
-        """Choose the next id of every slot; none has more than n_keys tokens. In free slots it means nothing."""
-        bias = torch.zeros(len(self.pos), 1, 1, n_keys, **self.kind)
-        place = torch.arange(n_keys, device=self.pos.device)
-        bias.masked_fill_((place > self.pos[:, None])[:, None, None], -math.inf)
-        torch._dynamo.mark_dynamic(bias, 3)
-        h = self._hidden(self.last[:, None], self.every[:, None], self.pos[:, None], bias)
+    def decode(self, sizes):
+        """Choose the next id of every slot, whose answers have so many tokens. In free slots it means nothing."""
+        group, biases = -(-len(sizes) // 4), []
+        for start in range(0, len(sizes), group):
+            place = torch.arange(max(2, *sizes[start : start + group]), device=self.pos.device)
+            unseen = place > self.pos[start : start + group, None]
+            biases.append(torch.zeros(unseen.shape, **self.kind).masked_fill_(unseen, -math.inf)[:, None, None])
+            torch._dynamo.mark_dynamic(biases[-1], 3)
+        h = self._hidden(self.last[:, None], self.every[:, None], self.pos[:, None], CacheMask(tuple(biases)))
         head = compiled(linear) if self.model.compile_blocks else linear
         self.last = self.pick(head(h[:, 0], self.weights.lm_head))
-        self.pos = (self.pos + 1).clamp(max=self.caches[0][0].size(2) - 1)
+        self.pos = (self.pos + 1).clamp(max=self.caches[0][0].size(2) - 2)
 
     def _hidden(self, idx, slot, pos, mask):
         caches = [KVCache(k, v, slot, pos) for k, v in self.caches]
