@@ -19,7 +19,11 @@ import re
 import shutil
 import sys
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -580,38 +584,36 @@ class SplitWriter:
         self.bin, self.idx = (open(Path(directory, f"{split}.{kind}"), "wb") for kind in ("bin", "idx"))
         self.encoding, self.block_size, self.too_long = encoding, block_size, too_long
         self.dtype = token_dtype(encoding.n_vocab)
-        self.end = 0
+        self.tokens, self.index, self.end = [], [], 0  # what is not yet written, and where the bin will end
         self.counts = {"documents": 0, "tokens": 0, "prefix_tokens": 0, "conditions": {}, "truncated": 0, "dropped": {}}
 
     def drop(self, why):
         self.counts["dropped"][why] = self.counts["dropped"].get(why, 0) + 1
 
-    def write(self, found, threads):
-        """Encode and append (where, (instruction, response, condition)) tuples."""
-        texts = [text for _, (instruction, response, _) in found for text in (instruction, response)]
-        ids = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
-        eoa, most = special_id(self.encoding, "eoa"), self.block_size + 1  # the last token of a document is never input
-        tokens, index = [], []
-        for instruction_ids, response_ids, (where, (_, _, condition)) in zip(ids[::2], ids[1::2], found):
-            prefix = make_prefix(self.encoding, condition, instruction_ids)
-            document = [*prefix, *response_ids, eoa]
-            if len(document) > most:
-                if self.too_long == "stop":
-                    raise ValueError(f"{where}: {len(document)} tokens, longer than block_size = {self.block_size}")
-                if self.too_long == "drop" or len(prefix) >= most:
-                    self.drop("too long" if len(prefix) < most else "instruction too long")
-                    continue
-                document = document[:most]  # no eoa: the model is not to learn to stop where we cut
-                self.counts["truncated"] += 1
-            tokens += document
-            index.append((self.end + len(tokens), len(prefix)))
-            self.counts["conditions"][condition] = self.counts["conditions"].get(condition, 0) + 1
-            self.counts["prefix_tokens"] += len(prefix)
-        self.bin.write(np.array(tokens, dtype=self.dtype).tobytes())
-        self.idx.write(np.array(index, dtype=np.int64).tobytes())
-        self.end += len(tokens)
-        self.counts["documents"] += len(index)
+    def add(self, where, condition, instruction_ids, response_ids):
+        prefix = make_prefix(self.encoding, condition, instruction_ids)
+        document = [*prefix, *response_ids, special_id(self.encoding, "eoa")]
+        most = self.block_size + 1  # the last token of a document is never input
+        if len(document) > most:
+            if self.too_long == "stop":
+                raise ValueError(f"{where}: {len(document)} tokens, longer than block_size = {self.block_size}")
+            if self.too_long == "drop" or len(prefix) >= most:
+                self.drop("too long" if len(prefix) < most else "instruction too long")
+                return
+            document = document[:most]  # no eoa: the model is not to learn to stop where we cut
+            self.counts["truncated"] += 1
+        self.tokens += document
+        self.end += len(document)
+        self.index.append((self.end, len(prefix)))
+        self.counts["documents"] += 1
         self.counts["tokens"] = self.end
+        self.counts["prefix_tokens"] += len(prefix)
+        self.counts["conditions"][condition] = self.counts["conditions"].get(condition, 0) + 1
+
+    def write(self):
+        self.bin.write(np.array(self.tokens, dtype=self.dtype).tobytes())
+        self.idx.write(np.array(self.index, dtype=np.int64).tobytes())
+        self.tokens, self.index = [], []
 
     def close(self):
         for file in self.bin, self.idx:
@@ -642,6 +644,29 @@ def batched(items, n):
             yield batch
             batch = []
     yield batch
+
+
+def encoded(batches, encoding, threads):
+    """
+    Batches of (split, where, pair), each with an iterator over the ids of its instructions and responses in turn.
+    Threads encode while further batches are read; tiktoken's own, a job per text, take twice as long.
+    """
+
+    def encode(batch):
+        pairs = (pair for _, _, pair in batch if isinstance(pair, tuple))
+        return [
+            encoding.encode_ordinary(text) for instruction, response, _ in pairs for text in (instruction, response)
+        ]
+
+    jobs = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            jobs.append((batch, pool.submit(encode, batch)))
+            if len(jobs) > 2 * threads:
+                batch, job = jobs.popleft()
+                yield batch, iter(job.result())
+        for batch, job in jobs:
+            yield batch, iter(job.result())
 
 
 def prepare(
@@ -715,12 +740,14 @@ def prepare(
     try:
         writers = {name: SplitWriter(part, name, encoding, block_size, too_long) for name in ("train", "val")}
         with tqdm(desc=f"preparing {directory}", unit=" documents") as bar:
-            for batch in batched(pairs(), 2000):
-                for name, writer in writers.items():
-                    mine = [(where, pair) for of, where, pair in batch if of == name]
-                    for why in (pair for _, pair in mine if isinstance(pair, str)):
-                        writer.drop(why)
-                    writer.write([found for found in mine if isinstance(found[1], tuple)], threads)
+            for batch, ids in encoded(batched(pairs(), 500), encoding, threads):
+                for name, where, pair in batch:
+                    if isinstance(pair, str):
+                        writers[name].drop(pair)
+                    else:
+                        writers[name].add(where, pair[2], next(ids), next(ids))
+                for writer in writers.values():
+                    writer.write()
                 bar.update(len(batch))
         for name, writer in writers.items():
             writer.close()
@@ -920,6 +947,36 @@ class Loader:
             )
         parts = (torch.from_numpy(a) for a in (idx, targets, doc, prefix))
         return Batch(*parts, n_targets, n_tokens, documents.tolist())
+
+
+class Prefetch:
+    """
+    Takes batches from a Loader in a thread, so that the next are ready, with `pin` in pinned memory, before they are
+    asked for. `state` is that after the last batch taken, and an error of the Loader comes in its turn.
+    """
+
+    def __init__(self, loader, pin=False, depth=2):
+        self.state, self.queue = loader.state, Queue(depth)
+        Thread(target=self._fill, args=(loader, pin), daemon=True).start()
+
+    def _fill(self, loader, pin):
+        try:
+            for batch in loader:
+                if pin:
+                    batch = batch._replace(**{name: getattr(batch, name).pin_memory() for name in batch._fields[:4]})
+                self.queue.put((batch, loader.state))
+            self.queue.put((StopIteration(), loader.state))
+        except Exception as e:
+            self.queue.put((e, loader.state))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, self.state = self.queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
 
 
 def best_fit(items, lengths, room):

@@ -29,13 +29,14 @@ tasks = ""  # problems, gsm8k, or both with a comma between; "": what the model 
 limit = 0  # questions per task; 0: all
 condition = ""  # of the prompts: a tag, several, or none; "": what most of the training documents have
 gsm8k_source = "openai/gsm8k"  # on the hub, or a local .jsonl or .parquet file, or a directory
-batch_size = 128
+batch_size = 128  # answers in work at a time; where one is complete, the next question takes its place
 max_new_tokens = 0  # per answer; 0: the task's own
-cache_gb = 8.0  # batches are made smaller where their keys and values would take more memory
+cache_gb = 8.0  # the batch is made smaller where its keys and values would take more memory
 average = True  # the weights' moving average; False: the weights themselves
 save_generations = False  # every prompt, generation, reference and verdict, as jsonl
 device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32 or bfloat16; auto is bfloat16 on cuda
+compile = False  # the blocks, with torch.compile: takes a while, then runs faster
 settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 # tasks: {name: rows of (question, reference)}
@@ -99,26 +100,35 @@ def evaluate(name, rows, most_new, model, encoding, condition):
     invalid, and whether it was cut off) and the new tokens per second.
     """
     prompts = [data.encode_prompt(encoding, question, condition) for question, _ in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # alike in length, a batch wastes little
-    longest = min(len(prompts[order[-1]]) + most_new, model.config.block_size) if rows else 1
-    size = max(1, min(batch_size, int(cache_gb * 1e9 / (model.cache_bytes_per_token() * longest))))
-    results, n_new, clock = [None] * len(rows), 0, time.perf_counter()
+    results, clock = [None] * len(rows), time.perf_counter()
+    stop, answers = data.special_id(encoding, "eoa"), [[] for _ in rows]
+    fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= model.config.block_size]  # others: no answer
+    longest = min(max((len(prompts[i]) for i in fits), default=0) + most_new, model.config.block_size)
+    size = max(1, min(batch_size, len(fits), int(cache_gb * 1e9 / (model.cache_bytes_per_token() * (longest + 1)))))
+    gb = size * model.cache_bytes_per_token() * (longest + 1) / 1e9
+    print(f"{name}: {size} answers at a time, of up to {longest:,} tokens; their keys and values take {gb:.2f} GB")
     with tqdm(total=len(rows), desc=name, unit=" questions") as bar:
-        for start in range(0, len(rows), size):
-            batch = order[start : start + size]
-            fits = [i for i in batch if len(prompts[i]) <= model.config.block_size]  # others are answered with nothing
-            stop = data.special_id(encoding, "eoa")
-            new = dict(zip(fits, model.generate([prompts[i] for i in fits], most_new, stop_token=stop)))
-            n_new += sum(map(len, new.values()))
-            for i in batch:
-                text, (question, reference) = encoding.decode(new.get(i, [])), rows[i]
-                answer, truth = to_number(extract(text)), to_number(extract(reference))
-                verdict = "invalid" if answer is None else "right" if answer == truth else "wrong"
-                cut = len(new.get(i, [])) == most_new
-                results[i] = dict(prompt=question, generation=text, reference=reference, verdict=verdict, cut=cut)
-            bar.update(len(batch))
-            known = [r["verdict"] for r in results if r]
-            bar.set_postfix(accuracy=f"{known.count('right') / len(known):.1%}")
+
+        def judge(i):
+            text, (question, reference) = encoding.decode(answers[i]), rows[i]
+            answer, truth = to_number(extract(text)), to_number(extract(reference))
+            verdict = "invalid" if answer is None else "right" if answer == truth else "wrong"
+            cut = len(answers[i]) == most_new
+            results[i] = dict(prompt=question, generation=text, reference=reference, verdict=verdict, cut=cut)
+            right.append(verdict == "right")
+            bar.update()
+            bar.set_postfix(accuracy=f"{sum(right) / len(right):.1%}", refresh=False)
+
+        right = []
+        for i in set(range(len(rows))) - set(fits):
+            judge(i)
+        for news in model.stream([prompts[i] for i in fits], most_new, stop_token=stop, slots=size):
+            for k, new in news:
+                if new is None:
+                    judge(fits[k])
+                else:
+                    answers[fits[k]].append(new)
+    n_new = sum(map(len, answers))
     return results, n_new / (time.perf_counter() - clock)
 
 
@@ -126,6 +136,7 @@ try:
     device, dtype = choose_device(device, dtype)
     source = local_directory(init_from) if init_from else Path(out_dir)
     model, encoding = data.load_for_inference(source, average, device, dtype)
+    model.compile_blocks = compile
     condition = data.choose_condition(condition, source)
     made = data.read_meta(source)["made"] if (source / "meta.json").exists() else {}
     tasks = tasks or {"problems": "problems", "openai/gsm8k": "gsm8k"}.get(made.get("source"), "")

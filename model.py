@@ -115,6 +115,21 @@ def upload(tensor, device):
     return tensor.to(device)
 
 
+def download(tensor):
+    """Begin to copy a tensor to the host. Returns a function that waits for no more than that, and returns the copy."""
+    copy = tensor.to("cpu", non_blocking=True, copy=True)
+    event = torch.cuda.Event() if tensor.is_cuda else None
+    if event:
+        event.record()
+
+    def wait():
+        if event:
+            event.synchronize()
+        return copy
+
+    return wait
+
+
 def may_see(query_pos, key_pos, key_in_prefix):
     """The mask rule within one document: what lies behind, and the whole prefix."""
     return (key_pos <= query_pos) | key_in_prefix
@@ -144,9 +159,9 @@ def packed_mask(doc, prefix, n_head):
         start[members] = begin + torch.arange(len(members), device=doc.device) * n_head * lengths[members].max()
         width[members] = lengths[members].max()
         begin += int(len(members) * n_head * width[members[0]])
-    slot = (start[number] + pos.flatten())[:, None] + head * width[number][:, None]
+    slot = ((start[number] + pos.flatten())[:, None] + head * width[number][:, None]).flatten()
     token = torch.zeros(begin, dtype=torch.long, device=doc.device)
-    token[slot.flatten()] = torch.arange(slot.numel(), device=doc.device)
+    token[slot] = torch.arange(len(slot), device=doc.device)
     bias = []
     for members in classes:
         place = torch.arange(int(width[members[0]]), device=doc.device)
@@ -155,7 +170,7 @@ def packed_mask(doc, prefix, n_head):
         visible = may_see(place[:, None], place, in_prefix[:, None]) & inside[:, None] & inside[:, :, None]
         visible |= torch.eye(len(place), dtype=torch.bool, device=doc.device) & ~inside[:, None]
         bias.append(torch.zeros(visible.shape, device=doc.device).masked_fill(~visible, -math.inf)[:, None])
-    return PackedMask(token, slot.flatten(), tuple(bias))
+    return PackedMask(token, slot, tuple(bias))
 
 
 def flex_mask(doc, prefix):
@@ -284,6 +299,11 @@ class Permute(torch.autograd.Function):
 def packed_attention(q, k, v, mask):
     """Attention over padded batches of documents. q, k, v, result: (B, T, n_head, head_dim)."""
     n_head, head_dim = q.shape[2:]
+    if len(mask.bias) == 1 and mask.bias[0].size(0) * mask.bias[0].size(-1) == q.size(0) * q.size(
+        1
+    ):  # all of one length
+        shape = (len(mask.bias[0]), -1, n_head, head_dim)
+        return dense_attention(*(t.view(shape).transpose(1, 2) for t in (q, k, v)), *mask.bias).transpose(1, 2)
     parts = [n_head * bias.size(0) * bias.size(-1) for bias in mask.bias]
     q, k, v = (Permute.apply(t.reshape(-1, head_dim), mask.token, mask.slot).split(parts) for t in (q, k, v))
     out = []
@@ -326,7 +346,7 @@ def attend(q, k, v, mask, kv):
     if kv is not None:
         kv.update(k, v)
     if isinstance(mask, PackedMask):
-        return packed_attention(q, k, v, mask).view(q.shape)
+        return packed_attention(q, k, v, mask).reshape(q.shape)
     if isinstance(mask, BlockMask):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return compiled(flex_attention)(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
@@ -671,10 +691,10 @@ class HRM(nn.Module):
                     if made[i] == limits[i]:
                         owner[slot] = None
                     entries.append((slot, i, made[i] == limits[i]))
-                passes.append((decoder.ids(), entries))
+                passes.append((download(decoder.last), entries))
             if len(passes) > lag or not used:
                 ids, entries = passes.popleft()
-                ids, news = ids(), []
+                ids, news = ids().tolist(), []
                 for slot, i, is_last in entries:
                     if i in stopped:  # since this pass began
                         continue
@@ -760,20 +780,6 @@ class Decoder:
     def _hidden(self, idx, slot, pos, mask):
         caches = [KVCache(k, v, slot, pos) for k, v in self.caches]
         return self.model.hidden(idx, pos, mask, self.weights, caches=caches)
-
-    def ids(self):
-        """A function that waits for what the last pass chose and returns it as a list."""
-        ids = self.last.to("cpu", non_blocking=True, copy=True)
-        if not self.last.is_cuda:
-            return ids.tolist
-        event = torch.cuda.Event()
-        event.record()
-
-        def wait():
-            event.synchronize()
-            return ids.tolist()
-
-        return wait
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ interactive = False  # read prompts line by line
 average = True  # the weights' moving average; False: the weights themselves
 device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32 or bfloat16; auto is bfloat16 on cuda
+compile = False  # the blocks, with torch.compile: takes a while, then runs faster
 configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
@@ -68,6 +69,7 @@ try:
     device, dtype = choose_device(device, dtype)
     source = local_directory(init_from) if init_from else out_dir
     model, encoding = data.load_for_inference(source, average, device, dtype)
+    model.compile_blocks = compile
     condition = data.choose_condition(condition, source)
     print(f"{init_from or out_dir}, on {device}; condition: {condition or 'none'}")
     if interactive:

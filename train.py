@@ -45,6 +45,7 @@ from model import (
     blamed_on,
     checkpoints,
     choose_device,
+    download,
     load_checkpoint,
     local_directory,
     older_checkpoint,
@@ -459,13 +460,10 @@ def bp_steps_at(i):
 
 def loss_of(batch, bp_steps=None):
     """This rank's share of the step's mean loss over targets; with gradient enabled, runs the backward passes too."""
-    total = torch.zeros((), device=device)
-    for parts in zip(*(t.split(micro_batch_size) for t in batch[:4])):
+    total, weights = torch.zeros((), device=device), model.weights()
+    for parts in zip(*(t.split(micro_batch_size) for t in batch[:4])):  # in host memory; see HRM.forward
         share = int((parts[1] != IGNORE).sum()) / batch.n_targets
-        if on_cuda:
-            parts = [t.pin_memory() for t in parts]
-        idx, targets, doc, prefix = (t.to(device, non_blocking=on_cuda) for t in parts)
-        loss = model(idx, targets, doc, prefix, bp_steps)[1] * share
+        loss = model(*parts, bp_steps, weights)[1] * share
         if torch.is_grad_enabled():
             loss.backward()
         total += loss.detach()
@@ -480,7 +478,7 @@ def sum_over_ranks(*tensors):
 
 
 def train_step(batch, bp_steps, lr):
-    """Returns the loss, and whether it and all gradients are finite, both still on the device."""
+    """Returns the loss, still on the device, and a function that tells whether it and all gradients are finite."""
     torch.manual_seed(hash((seed, iteration, rank)))  # dropout, if you add it, is then the same after a resume
     optimizer.zero_grad(set_to_none=True)
     loss = loss_of(batch, bp_steps)
@@ -489,8 +487,9 @@ def train_step(batch, bp_steps, lr):
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     sum_over_ranks(loss, *grads)
     healthy = (loss + torch.stack(torch._foreach_norm(grads, math.inf)).sum()).isfinite()
+    healthy = download(healthy)
     optimizer.param_groups[0]["lr"] = lr
-    if not skip_nonfinite or healthy:  # without skipping, the step need not wait for the answer
+    if not skip_nonfinite or healthy():  # without skipping, the step need not wait for the answer
         optimizer.step()
     return loss, healthy
 
@@ -499,7 +498,7 @@ def check_health():
     """End the run, or count, if the loss or a gradient of the last step not yet checked was not finite."""
     global skipped, unchecked
     step, unchecked = unchecked, None
-    if step is None or step[-1]:
+    if step is None or step[-1]():
         return
     i, documents, loss, _ = step
     what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
@@ -610,7 +609,7 @@ def save_checkpoint(wait=False):
         "origin": origin,  # "scratch", or what was fine-tuned
         "iter": iteration,
         "tokens": tokens,
-        "loader": loader.state,
+        "loader": batches.state,
         "best_val_loss": best_val_loss,
         "validated": validated,  # the step of the last validation
         "skipped": skipped,
@@ -697,7 +696,8 @@ def ask_to_stop(signum, frame):
 for name in "SIGINT", "SIGTERM", "SIGUSR1":
     if hasattr(signal, name):  # Windows lacks one
         signal.signal(getattr(signal, name), ask_to_stop)
-batches, host_buffers, unlogged, last_losses = sound(loader), [], b"", deque(maxlen=8)
+batches, host_buffers, unlogged, last_losses = data.Prefetch(loader, pin=on_cuda), [], b"", deque(maxlen=8)
+feed = sound(batches)
 bar = tqdm(total=max_iters, initial=iteration, desc="training", disable=None if master else True)
 start = clock = last_save = time.perf_counter()
 clock_tokens, stopped, unchecked = tokens, False, None
@@ -722,7 +722,7 @@ while True:
         save_checkpoint()
         clock, clock_tokens = time.perf_counter(), tokens
         last_save = clock
-    lr, bp_steps, batch = learning_rate_at(iteration), bp_steps_at(iteration), next(batches)
+    lr, bp_steps, batch = learning_rate_at(iteration), bp_steps_at(iteration), next(feed)
     loss, healthy = train_step(batch, bp_steps, lr)
     iteration, tokens, dirty = iteration + 1, tokens + batch.n_tokens, True
     bar.update()
