@@ -187,8 +187,8 @@ def flex_mask(doc, prefix):
 
 
 @cache
-def compiled(function):
-    return torch.compile(function, dynamic=False)
+def compiled(function, dynamic=False):
+    return torch.compile(function, dynamic=dynamic)
 
 
 def mkl_is_slow():
@@ -500,8 +500,9 @@ class HRM(nn.Module):
         angle = pos[:, :, None, None] * frequency  # (B, T, 1, head_dim/2), fp32
         cos, sin = angle.cos(), angle.sin()
         args, run = (cos, sin, config.norm_eps, mask), block
-        if self.compile_blocks and caches is None:  # prompts would bring a new shape every time
-            run = partial(block, before=compiled(before_attention), after=compiled(after_attention))
+        if self.compile_blocks and not isinstance(mask, CacheMask):
+            dynamic = caches is not None  # prompts bring a new shape every time
+            run = partial(block, before=compiled(before_attention, dynamic), after=compiled(after_attention, dynamic))
         caches = iter(caches) if caches else repeat(None)
         grad = torch.is_grad_enabled()
 
