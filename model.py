@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100  # target of positions that carry no loss
 LOGITS_AT_ONCE = 2**28  # fp32 logits held in memory at a time by the loss, in elements (1 GB)
 PREFILL = 2**14  # tokens of prompts read at a time, so that their activations fit
+PASSES_AHEAD = {"cuda": 1}  # generation begins so many passes before it looks at the ids of the one before
 REFILL = 16  # generation takes up waiting prompts when so many-th part of the slots is free
 
 # ----------------------------------------------------------------------------------------------------
@@ -668,7 +669,7 @@ class HRM(nn.Module):
         n_slots = min(slots or len(prompts), len(prompts))
         generator = None if seed is None else torch.Generator(self.embed.device).manual_seed(seed)
         decoder = Decoder(self, n_slots, room, partial(pick, temperature, top_k, top_p, generator, self.usable_ids))
-        lag = int(self.embed.is_cuda)  # a GPU is at its next pass while the ids of the one before are looked at
+        lag = PASSES_AHEAD.get(self.embed.device.type, 0)
         waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
         passes = deque()
         owner, made, stopped = [None] * n_slots, [0] * len(prompts), set()

@@ -303,6 +303,31 @@ def test_state_resumes_without_replay(varied):
     assert loader.state == resumed.state and loader.state["epoch"] >= 2
 
 
+def test_batches_made_ahead_are_the_same_and_state_is_that_of_the_last_taken(varied):
+    loader, ahead = (Loader(varied, "train", 4, 2048, seed=1) for _ in range(2))
+    ahead = data.Prefetch(ahead)
+    assert ahead.state == loader.state
+    for _ in range(20):
+        want, got = next(loader), next(ahead)
+        assert all(torch.equal(a, b) for a, b in zip(want[:4], got[:4])) and want[4:] == got[4:]
+        assert ahead.state == loader.state
+    assert len(list(data.Prefetch(Loader(varied, "train", 64, 2048, epochs=1)))) > 0  # it ends
+
+
+def test_an_error_ahead_comes_in_its_turn():
+    class Broken:
+        state = {}
+
+        def __iter__(self):
+            yield data.Batch(*torch.zeros(4, 1, 1), 1, 1, [0])
+            raise ValueError("document 7")
+
+    ahead = data.Prefetch(Broken())
+    next(ahead)
+    with pytest.raises(ValueError, match="document 7"):
+        next(ahead)
+
+
 def test_seeds_and_epochs_differ(varied):
     first = [next(Loader(varied, "train", 1, 2048, seed=s)).idx for s in (1, 2)]
     assert not torch.equal(*first)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import documents, pack, plain_logits, tiny_model
 
-from model import HRM, AdamATan2, HRMConfig, flex_mask, packed_mask
+from model import HRM, AdamATan2, HRMConfig, flex_mask, in_first, onednn_linear, packed_mask
 
 
 def close(a, b, tolerance=1e-5):
@@ -153,6 +154,31 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once():
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@pytest.mark.parametrize("rows", [8, 200, 1100])
+def test_products_by_onednn_equal_those_of_torch(rows):
+    """Used where MKL is slow; here wherever there is oneDNN, and for both orders of the weight in memory."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(2, rows // 2, 48), torch.randn(80, 48), torch.randn(2, rows // 2, 80)
+    for w in weight, in_first(weight):
+        inputs = [t.detach().requires_grad_() for t in (x, w)]
+        y = onednn_linear(*inputs)
+        assert torch.allclose(y, F.linear(x, weight), atol=1e-4)
+        found, want = torch.autograd.grad(y, inputs, grad), torch.autograd.grad(F.linear(*inputs), inputs, grad)
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, want))
+
+
+def test_weights_cast_once_serve_all_micro_batches():
+    model, rows = tiny_model(), [pack(documents(lengths), 64) for lengths in (((9, 7), (3, 4)), ((20, 13),))]
+    model.compute_dtype, found = torch.bfloat16, []
+    for weights in model.weights(), None:
+        model.zero_grad()
+        for row in rows:
+            model(*row, 3, weights)[1].backward()
+        found.append(gradients(model))
+    assert all(torch.equal(g, found[1][name]) for name, g in found[0].items())
+
+
 def test_both_masks_state_the_same_rule():
     """FlexAttention's block mask, written out, shows each token what the padded batch of documents shows it."""
     _, _, doc, prefix = pack(documents(), 64)
@@ -220,6 +246,40 @@ def test_generation_stops_at_the_stop_token_and_at_block_size():
     assert stopped[0] == free[0][: free[0].index(stop)]
     with pytest.raises(ValueError, match="block_size = 16"):
         model.generate([[1] * 17], 1)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_waiting_prompts_take_the_places_of_complete_ones(ahead, monkeypatch):
+    """Few slots give the answers of many, whether or not a pass begins before the ids of the last are known."""
+    monkeypatch.setattr("model.PASSES_AHEAD", {"cpu": ahead})
+    monkeypatch.setattr("model.PREFILL", 20)
+    model = tiny_model(vocab_size=7, block_size=32)  # few ids, so that answers stop, each at its own length
+    lengths = torch.randint(1, 31, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [[(7 * i + j * j) % 7 for j in range(n)] for i, n in enumerate(lengths)]
+    want = [model.generate([prompt], 10, stop_token=3)[0] for prompt in prompts]
+    assert {0, 1, 10} <= {len(new) for new in want}
+    for slots in 1, 5, 40:
+        assert model.generate(prompts, 10, stop_token=3, slots=slots) == want
+    ends = [i for news in model.stream(prompts, 10, stop_token=3, slots=5) for i, new in news if new is None]
+    assert sorted(ends) == list(range(40))
+    assert model.generate(prompts, 0) == [[]] * 40 and model.generate([], 5) == []
+
+
+def test_compiled_generation_equals_eager_and_compiles_once():
+    """Neither the prompts' lengths nor the answers' bring a new compilation."""
+    model, model.compile_blocks = tiny_model(n_layer=2), True
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    for cases in ((13,), (22,), (9,)), ((3, 6, 9, 12, 15), (4, 6, 8, 10, 12), (5, 7, 9, 11, 20)):
+        for attempt, lengths in enumerate(cases):
+            prompts = [ids.tolist() for ids, _ in documents([(n, 0) for n in lengths])]
+            new = model.generate(prompts, 9 + attempt)
+            if attempt == 0:
+                graphs = counters["stats"]["unique_graphs"]
+            model.compile_blocks = False
+            assert new == model.generate(prompts, 9 + attempt)
+            model.compile_blocks = True
+        assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_sampling_follows_its_seed_and_its_limits():

@@ -155,3 +155,15 @@ def test_another_tokenizer_or_other_data_are_refused(workplace):
     run(workplace, "data.py", "--dataset=bpe", "--n_problems=99", "--n_val_problems=9", "--tokenizer=train:263")
     done = run(workplace, "train.py", *TINY, "--dataset=bpe", "--init_from=out", "--out_dir=tuned", ok=False)
     assert "out (bytes, 263 ids) and data/bpe (train:263" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bench_measures_and_says_so(workplace):
+    small = "--n_layer=2 --n_head=2 --n_embd=32 --vocab_size=300 --block_size=256 --batch_size=1 --n_prompts=3"
+    small += " --max_new_tokens=4 --rounds=1 --peer=False --compile=False --device=cpu --tokenizer=bytes --data_mb=1"
+    done = run(workplace, "bench.py", "train", "decode", "data", *small.split())
+    tables = json.loads((workplace / "bench.json").read_text())["tables"]
+    assert tables.keys() == {"train", "decode", "data"} and "kept for the backward pass" in done.stdout
+    assert all(value > 0 for value in tables["train"]["ours"].values())
+    assert tables["data"]["data.py"]["of tiktoken"] > 0 and tables["decode"]["3 prompts: ours"]["tokens/s"] > 0
+    failed = run(workplace, "bench.py", "trian", ok=False)
+    assert failed.stderr.splitlines() == ["bench.py: there is no task trian, only all, train, decode, data, compile"]
