@@ -374,11 +374,11 @@ def after_attention(x, g, y, o_proj, gate_up_proj, down_proj, eps):
     return x + linear(F.silu(a) * b, down_proj)
 
 
-def block(x, matrices, cos, sin, eps, mask, kv=None, before=before_attention, after=after_attention):
-    """One pre-norm Transformer block on x (B, T, n_embd)."""
+def block(x, matrices, cos, sin, eps, mask, kv=None, before=None, after=None):
+    """One pre-norm Transformer block on x (B, T, n_embd). before, after: compiled versions of its two halves."""
     gqkv_proj, *others = matrices
-    g, q, k, v = before(x, gqkv_proj, cos, sin, eps)
-    return after(x, g, attend(q, k, v, mask, kv), *others, eps)
+    g, q, k, v = (before or before_attention)(x, gqkv_proj, cos, sin, eps)
+    return (after or after_attention)(x, g, attend(q, k, v, mask, kv), *others, eps)
 
 
 def consecutive_blocks(x, other, stack, cos, sin, eps, mask, caches, is_end):
