@@ -973,9 +973,11 @@ class Prefetch:
         return self
 
     def __next__(self):
-        batch, self.state = self.queue.get()
+        batch, state = self.queue.get()
         if isinstance(batch, Exception):
+            self.queue.put((batch, state))  # for the next to ask
             raise batch
+        self.state = state
         return batch
 
 

@@ -40,7 +40,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # target of positions that carry no loss
-LOGITS_AT_ONCE = 2**28  # fp32 logits held in memory at a time by the loss, in elements (1 GB)
+LOGITS_AT_ONCE = 2**28  # of the loss: 1 GB in fp32, and as much again for what becomes of them
 PREFILL = 2**14  # tokens of prompts read at a time, so that their activations fit
 PASSES_AHEAD = {"cuda": 1}  # generation begins so many passes before it looks at the ids of the one before
 REFILL = 16  # generation takes up waiting prompts when so many-th part of the slots is free
@@ -104,10 +104,6 @@ class PackedMask(NamedTuple):
     slot: torch.Tensor  # (B*T*n_head,) and the place of each
     bias: tuple  # per batch (D, 1, L, L): 0 where a query (row) sees a key (column), else -inf
 
-    def to(self, device, dtype):
-        bias = tuple(upload(t.to(dtype), device) for t in self.bias)
-        return PackedMask(upload(self.token, device), upload(self.slot, device), bias)
-
 
 def upload(tensor, device):
     """The tensor on `device`, which is not waited for."""
@@ -118,7 +114,7 @@ def upload(tensor, device):
 
 def download(tensor):
     """Begin to copy a tensor to the host. Returns a function that waits for no more than that, and returns the copy."""
-    copy = tensor.to("cpu", non_blocking=True, copy=True)
+    copy = tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True)
     event = torch.cuda.Event() if tensor.is_cuda else None
     if event:
         event.record()
@@ -143,17 +139,18 @@ def document_positions(doc):
     return first, place - torch.where(first, place, 0).cummax(1).values
 
 
-def packed_mask(doc, prefix, n_head):
+def packed_mask(doc, prefix, n_head, device="cpu", dtype=torch.float32):
     """
     Mask of packed rows, for where FlexAttention is not. One dense (T, T) mask per row would spend most of its work on
     pairs from different documents; here attention runs over padded batches of documents of similar length. Padding of
     a row (doc -1) is cut into short documents of its own; that of a batch sees, and is seen by, itself alone.
+    The shapes depend on doc, which is thus best in host memory; the mask is made on `device`.
     """
     place, head = torch.arange(doc.size(1), device=doc.device), torch.arange(n_head, device=doc.device)
     first, pos = document_positions(torch.where(doc < 0, -1 - place // 64, doc))
     number = first.flatten().cumsum(0) - 1  # of the token's document
     lengths = torch.bincount(number)
-    size_class = (4 * lengths.clamp(min=16).log2()).ceil()  # within one, lengths differ by at most 19%
+    size_class = (4 * lengths.clamp(min=16).log2()).ceil()  # above 16 tokens, lengths within one differ by at most 19%
     classes = [(size_class == c).nonzero().squeeze(1) for c in size_class.unique()]
     start, width, begin = torch.zeros_like(lengths), torch.zeros_like(lengths), 0
     for members in classes:
@@ -168,10 +165,12 @@ def packed_mask(doc, prefix, n_head):
         place = torch.arange(int(width[members[0]]), device=doc.device)
         in_prefix = prefix.flatten()[token[start[members][:, None] + place] // n_head]
         inside = place < lengths[members][:, None]
+        place, in_prefix, inside = (upload(t, device) for t in (place, in_prefix, inside))
         visible = may_see(place[:, None], place, in_prefix[:, None]) & inside[:, None] & inside[:, :, None]
-        visible |= torch.eye(len(place), dtype=torch.bool, device=doc.device) & ~inside[:, None]
-        bias.append(torch.zeros(visible.shape, device=doc.device).masked_fill(~visible, -math.inf)[:, None])
-    return PackedMask(token, slot, tuple(bias))
+        visible |= torch.eye(len(place), dtype=torch.bool, device=device) & ~inside[:, None]
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=device)
+        bias.append(zeros.masked_fill_(~visible, -math.inf)[:, None])
+    return PackedMask(upload(token, device), upload(slot, device), tuple(bias))
 
 
 def flex_mask(doc, prefix):
@@ -189,6 +188,9 @@ def flex_mask(doc, prefix):
 
 @cache
 def compiled(function, dynamic=False):
+    torch._dynamo.config.recompile_limit = (
+        64  # a version per number of slots, say; beyond, torch would run it uncompiled
+    )
     return torch.compile(function, dynamic=dynamic)
 
 
@@ -203,12 +205,16 @@ def mkl_is_slow():
 MKL_IS_SLOW = mkl_is_slow()
 
 
+def uses_onednn(tensor, rows):
+    return MKL_IS_SLOW and tensor.is_cpu and tensor.dtype == torch.float32 and rows >= 8
+
+
 def linear(x, weight):
     """F.linear, in the fastest way for where x is: x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
     rows = x.numel() // x.size(-1)
     if x.is_cpu and rows == 1 and torch.compiler.is_compiling():
         return (x.unsqueeze(-2) * weight).sum(-1)  # Inductor's loop reads a weight at the speed of memory, MKL does not
-    if MKL_IS_SLOW and x.is_cpu and x.dtype == torch.float32 and rows >= 8:
+    if uses_onednn(x, rows):
         return onednn_linear(x, weight)
     return F.linear(x, weight)
 
@@ -316,7 +322,9 @@ def packed_attention(q, k, v, mask):
 
 def dense_attention(q, k, v, bias):
     """q, k, v, result: (D, n_head, L, head_dim); bias (D, 1, L, L)."""
-    if q.is_cpu and q.size(2) <= 1024:  # as fast as SDPA in fp32 there, three times as fast in bf16 (torch 2.13)
+    if (
+        q.is_cpu and q.size(2) <= 1024
+    ):  # there as fast as SDPA in fp32, and three times as fast in bf16, scores included
         return (q @ k.mT).add_(bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
@@ -411,7 +419,7 @@ class CrossEntropy(torch.autograd.Function):
             scale = logits.logsumexp(-1, keepdim=True)
             total += (scale - logits.gather(1, ids)).sum()
             if with_gradient:
-                dlogits = (logits - scale).exp_()
+                dlogits = logits.sub_(scale).exp_()
                 dlogits.scatter_add_(1, ids, torch.full_like(scale, -1))
                 part, dw = torch.autograd.grad(output, inputs, dlogits.to(output.dtype))
                 dh.append(part)
@@ -433,7 +441,7 @@ def random_weight(n_out, n_in):
 
 
 class Block(nn.Module):
-    """The weights of a block, each (out, in); HRM.block() is what it does."""
+    """The weights of a block, each (out, in); block() is what it does."""
 
     def __init__(self, config):
         super().__init__()
@@ -538,8 +546,9 @@ class HRM(nn.Module):
         """
         idx, targets: (B, T) int64, targets IGNORE where there is no loss; doc: (B, T) int, the document of each token,
         -1 for padding (None: a row is one document); prefix: (B, T) bool (None: all causal).
-        Any of these may be in host memory, so that the device need not be waited for. weights: self.weights(), if it
-        is to serve several micro-batches. The forward pass computes gradients too, unless under torch.no_grad().
+        All may be in host memory, so that the device need not be waited for; doc and prefix must be in the same.
+        weights: self.weights(), if it is to serve several micro-batches. This pass computes the gradients too, unless
+        under torch.no_grad().
         Returns (logits (B, T, vocab_size) fp32, None) without targets, else (None, mean loss over targets).
         Raises ValueError if T exceeds block_size or bp_steps is out of range.
         """
@@ -548,15 +557,15 @@ class HRM(nn.Module):
             raise ValueError(f"rows of {T} tokens exceed the model's block_size of {self.config.block_size}")
         weights = weights or self.weights()
         device = self.embed.device
-        if prefix is None or not self.config.prefix_lm:
-            prefix = torch.zeros_like(idx, dtype=torch.bool)
         if doc is None:
-            doc = torch.arange(B, device=idx.device)[:, None].expand(B, T)
+            doc = torch.arange(B, device=idx.device)[:, None].repeat(1, T)
+        if prefix is None or not self.config.prefix_lm:
+            prefix = torch.zeros_like(doc, dtype=torch.bool)
         flex_by_default = device.type == "cuda" and self.compile_blocks and self.config.head_dim >= 16
         if self.attention == "flex" or (self.attention == "auto" and flex_by_default):
             mask = flex_mask(upload(doc, device), upload(prefix, device))
         else:
-            mask = packed_mask(doc, prefix, self.config.n_head).to(device, self.compute_dtype)
+            mask = packed_mask(doc, prefix, self.config.n_head, device, self.compute_dtype)
         pos = upload(document_positions(doc)[1], device)
         h = self.hidden(upload(idx, device), pos, mask, weights, bp_steps)
         if targets is None:
@@ -662,8 +671,11 @@ class HRM(nn.Module):
         config, sizes = self.config, [len(p) for p in prompts]
         if temperature < 0 or (top_k or 0) < 0 or not 0 <= (top_p or 0) <= 1:
             raise ValueError("temperature and top_k must be at least 0, and top_p from 0 to 1")
-        if prompts and not 0 < min(sizes) <= max(sizes) <= config.block_size:
-            raise ValueError(f"a prompt must have 1 to block_size = {config.block_size} tokens; one has {max(sizes)}")
+        if max_new_tokens < 0 or (slots or 0) < 0:
+            raise ValueError("max_new_tokens and slots must be at least 0")
+        for n in sizes:
+            if not 0 < n <= config.block_size:
+                raise ValueError(f"a prompt must have 1 to block_size = {config.block_size} tokens; one has {n}")
         limits = [min(max_new_tokens, config.block_size + 1 - n) for n in sizes]  # a row of T tokens predicts one more
         room = max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0)
         n_slots = min(slots or len(prompts), len(prompts))
@@ -749,7 +761,7 @@ class Decoder:
         self.every = torch.arange(n_slots, device=device)
         self.last, self.pos = torch.zeros_like(self.every), torch.zeros_like(self.every)  # newest ids; where they go
         self.weights = model.weights()
-        if MKL_IS_SLOW and n_slots > 1 and not self.last.is_cuda:
+        if uses_onednn(self.weights.lm_head, n_slots):
             H, L = ([tuple(map(in_first, matrices)) for matrices in stack] for stack in self.weights[:2])
             self.weights = Weights(H, L, in_first(self.weights.lm_head))
 
@@ -759,7 +771,8 @@ class Decoder:
         lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor(slots)
         idx = torch.tensor([t for p in prompts for t in p])[None]
         doc = torch.arange(len(prompts)).repeat_interleave(lengths)[None]
-        mask = packed_mask(doc, torch.full_like(doc, config.prefix_lm, dtype=torch.bool), config.n_head).to(**self.kind)
+        prefix = torch.full_like(doc, config.prefix_lm, dtype=torch.bool)
+        mask = packed_mask(doc, prefix, config.n_head, **self.kind)
         place = slots[doc], document_positions(doc)[1]
         slots, ends, lengths = (upload(t, device) for t in (slots, lengths.cumsum(0) - 1, lengths))
         h = self._hidden(upload(idx, device), *(upload(t, device) for t in place), mask)
@@ -768,7 +781,10 @@ class Decoder:
 
     def decode(self, sizes):
         """Choose the next id of every slot, whose answers have so many tokens. In free slots it means nothing."""
-        group, biases = -(-len(sizes) // 4), []
+        group = (
+            len(sizes) if self.pos.is_cuda else -(-len(sizes) // 4)
+        )  # a GPU would rather have one call than less work
+        biases = []
         for start in range(0, len(sizes), group):
             place = torch.arange(max(2, *sizes[start : start + group]), device=self.pos.device)
             unseen = place > self.pos[start : start + group, None]
@@ -1044,6 +1060,12 @@ def choose_device(device, dtype):
     if kind == "cpu":
         keep_freed_memory()
     return device, getattr(torch, dtype)
+
+
+def multiplies_bf16():
+    """Whether this CPU has instructions for products of bfloat16."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check() for check in checks if check)
 
 
 def keep_freed_memory():

@@ -40,6 +40,7 @@ from configurator import configure
 from model import (
     HRM,
     IGNORE,
+    MKL_IS_SLOW,
     AdamATan2,
     HRMConfig,
     blamed_on,
@@ -48,6 +49,7 @@ from model import (
     download,
     load_checkpoint,
     local_directory,
+    multiplies_bf16,
     older_checkpoint,
     read_json,
     reason,
@@ -678,7 +680,10 @@ device_name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.ge
 peak = next((flops for card, flops in PEAK_FLOPS.items() if card in device_name), None)
 n_params = sum(p.numel() for p in model.parameters())
 blocks = "compiled" if model.compile_blocks else "not compiled"
-say(f"{n_params:,} parameters, {world_size} x {device_name}, {str(dtype).removeprefix('torch.')}, blocks {blocks}")
+kind = str(dtype).removeprefix("torch.") + " by oneDNN" * (MKL_IS_SLOW and device == "cpu" and dtype == torch.float32)
+say(f"{n_params:,} parameters, {world_size} x {device_name}, {kind}, blocks {blocks}")
+if device == "cpu" and dtype == torch.float32 and multiplies_bf16():
+    say("this CPU multiplies bfloat16 too: for all but small models --dtype=bfloat16 is faster")
 say(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {out / 'log.jsonl'}")
 
 stop_asked = None
