@@ -40,7 +40,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # target of positions that carry no loss
-LOGITS_AT_ONCE = 2**28  # of the loss: 1 GB in fp32, and as much again for what becomes of them
+LOGITS_AT_ONCE = 2**28  # of the loss: 1 GB in fp32, and twice as much again for what becomes of them
 PREFILL = 2**14  # tokens of prompts read at a time, so that their activations fit
 PASSES_AHEAD = {"cuda": 1}  # generation begins so many passes before it looks at the ids of the one before
 REFILL = 16  # generation takes up waiting prompts when so many-th part of the slots is free
@@ -419,7 +419,7 @@ class CrossEntropy(torch.autograd.Function):
             scale = logits.logsumexp(-1, keepdim=True)
             total += (scale - logits.gather(1, ids)).sum()
             if with_gradient:
-                dlogits = logits.sub_(scale).exp_()
+                dlogits = (logits - scale).exp_()
                 dlogits.scatter_add_(1, ids, torch.full_like(scale, -1))
                 part, dw = torch.autograd.grad(output, inputs, dlogits.to(output.dtype))
                 dh.append(part)

@@ -115,6 +115,17 @@ def test_loss_in_chunks_and_recomputed_blocks_give_the_same_gradients(monkeypatc
         assert close(g, plain[name]), name
 
 
+def test_a_row_of_many_targets(monkeypatch):
+    """Products of more than 1,024 rows may take another way than those of few."""
+    model, row, found = tiny_model(block_size=1300), pack(documents(((60, 1240),)), 1300), []
+    for logits_at_once in 2**28, 100 * 263:
+        monkeypatch.setattr("model.LOGITS_AT_ONCE", logits_at_once)
+        model.zero_grad()
+        model(*row, bp_steps=2)[1].backward()
+        found.append(gradients(model))
+    assert all(close(g, found[1][name], 1e-4) for name, g in found[0].items())
+
+
 @pytest.mark.parametrize("bp_steps", [2, 3, 4, 5])
 def test_bf16_gradients_agree_with_fp32(bp_steps):
     model, row = tiny_model(n_embd=64), pack(documents(), 64)
