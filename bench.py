@@ -505,7 +505,7 @@ try:
         tables[task] = TASKS[task]()
         print(f"\n{task}")
         for what, row in tables[task].items():
-            print(f"  {what:<44}" + ", ".join(f"{key} {value:,.4g}" for key, value in row.items()))
+            print(f"  {what:<54}" + ", ".join(f"{key} {value:,.4g}" for key, value in row.items()))
 except (ValueError, OSError) as e:
     sys.exit(f"bench.py: {reason(e)}")
 except KeyboardInterrupt:
