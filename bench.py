@@ -117,29 +117,21 @@ def new_model(**changes):
 # training
 
 
-def weight_shapes(config):
-    """(n_out, n_in) of a block's matrices."""
-    d, ff, inner = config.n_embd, config.n_ff, config.n_head * config.head_dim
-    return [(4 * inner, d), (d, inner), (2 * ff, d), (d, ff)]
-
-
-def needed_flops(config, docs):
+def needed_flops(model, docs):
     """FLOP that documents need in training: of the weights, of the head on targets, of attention within a document."""
     tokens = sum(len(ids) - 1 for ids, _ in docs)
     targets = sum(len(ids) - p for ids, p in docs)
-    uses, blocks = 2 * config.n_steps + 4 * bp_steps, config.n_layer // 2
-    weights = sum(n_out * n_in for n_out, n_in in weight_shapes(config)) * blocks * uses * tokens
+    config, uses = model.config, 2 * model.config.n_steps + 4 * bp_steps
+    weights = sum(p.numel() for p in model.H.parameters()) * uses * tokens
     pairs = sum(p * p + (len(ids) - 1 - p) * (len(ids) + p) / 2 for ids, p in docs)
-    return (
-        weights + 6 * config.vocab_size * config.n_embd * targets + 2 * pairs * uses * blocks * n_head * config.head_dim
-    )
+    head = 6 * config.vocab_size * config.n_embd * targets
+    return weights + head + 2 * pairs * uses * config.n_layer // 2 * config.n_head * config.head_dim
 
 
-def products(config, n_tokens, n_targets, multiply):
+def products(model, n_tokens, n_targets, multiply):
     """A function that does the products of a training step's weights and nothing else, and their FLOP."""
-    blocks = config.n_layer // 2
-    uses = [(shape, n_tokens, config.n_steps * blocks, bp_steps * blocks) for shape in weight_shapes(config)]
-    uses.append(((config.vocab_size, config.n_embd), n_targets, 1, 1))
+    uses = [(p.shape, n_tokens, model.config.n_steps, bp_steps) for p in model.H.parameters()]
+    uses.append((model.lm_head.shape, n_targets, 1, 1))
     work, flops = [], 0
     for (n_out, n_in), n, forward, backward in uses:
         x, w, y = (
@@ -198,12 +190,12 @@ def bench_train():
             next(loader)
         loader_seconds = (time.perf_counter() - clock) / 20
     model = new_model()
-    config, optimizer = model.config, AdamATan2(model.parameters(), lr=1e-4, ema=0.999)
+    optimizer = AdamATan2(model.parameters(), lr=1e-4, ema=0.999)
     docs = [docs[d] for batch in batches for d in batch.documents]
     n_tokens = sum(batch.n_tokens for batch in batches)
     contestants = {"ours": lambda: [train_step(model, optimizer, batch) for batch in batches]}
     rows = min(micro_batch_size, batch_size) * block_size
-    shape = config, rows, round(rows * sum(batch.n_targets for batch in batches) / n_tokens)
+    shape = model, rows, round(rows * sum(batch.n_targets for batch in batches) / n_tokens)
     contestants["products by F.linear"], product_flops = products(*shape, F.linear)
     contestants["products by linear()"], _ = products(*shape, linear)
     eager = new_model()
@@ -219,7 +211,7 @@ def bench_train():
             size = int(peer_batches.split(",")[0])
             contestants[f"transformers in float32, batches of {size}"] = peer_steps(model, docs, size, torch.float32)
     seconds = measure(contestants, rounds)
-    flops, table = needed_flops(config, docs), {}
+    flops, table = needed_flops(model, docs), {}
     for name, s in seconds.items():
         if name.startswith("products"):
             table[name] = {"GFLOP/s": product_flops / s / 1e9}

@@ -649,7 +649,7 @@ def batched(items, n):
 def encoded(batches, encoding, threads):
     """
     Batches of (split, where, pair), each with an iterator over the ids of its instructions and responses in turn.
-    Threads encode while further batches are read; tiktoken's own, a job per text, take twice as long.
+    Threads encode while further batches are read; tiktoken's own, a job per text, take more than twice as long.
     """
 
     def encode(batch):

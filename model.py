@@ -188,9 +188,7 @@ def flex_mask(doc, prefix):
 
 @cache
 def compiled(function, dynamic=False):
-    torch._dynamo.config.recompile_limit = (
-        64  # a version per number of slots, say; beyond, torch would run it uncompiled
-    )
+    torch._dynamo.config.recompile_limit = 64  # one per number of slots, say; what is beyond would run uncompiled
     return torch.compile(function, dynamic=dynamic)
 
 
@@ -306,11 +304,10 @@ class Permute(torch.autograd.Function):
 def packed_attention(q, k, v, mask):
     """Attention over padded batches of documents. q, k, v, result: (B, T, n_head, head_dim)."""
     n_head, head_dim = q.shape[2:]
-    if len(mask.bias) == 1 and mask.bias[0].size(0) * mask.bias[0].size(-1) == q.size(0) * q.size(
-        1
-    ):  # all of one length
-        shape = (len(mask.bias[0]), -1, n_head, head_dim)
-        return dense_attention(*(t.view(shape).transpose(1, 2) for t in (q, k, v)), *mask.bias).transpose(1, 2)
+    *others, bias = mask.bias
+    if not others and bias.size(0) * bias.size(-1) == q.size(0) * q.size(1):  # all of one length: they stand in place
+        shape = (len(bias), -1, n_head, head_dim)
+        return dense_attention(*(t.view(shape).transpose(1, 2) for t in (q, k, v)), bias).transpose(1, 2)
     parts = [n_head * bias.size(0) * bias.size(-1) for bias in mask.bias]
     q, k, v = (Permute.apply(t.reshape(-1, head_dim), mask.token, mask.slot).split(parts) for t in (q, k, v))
     out = []
@@ -322,9 +319,7 @@ def packed_attention(q, k, v, mask):
 
 def dense_attention(q, k, v, bias):
     """q, k, v, result: (D, n_head, L, head_dim); bias (D, 1, L, L)."""
-    if (
-        q.is_cpu and q.size(2) <= 1024
-    ):  # there as fast as SDPA in fp32, and three times as fast in bf16, scores included
+    if q.is_cpu and q.size(2) <= 1024:  # there as fast as SDPA in fp32; in bf16, scores too, three times as fast
         return (q @ k.mT).add_(bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
@@ -654,15 +649,7 @@ class HRM(nn.Module):
 
     @torch.inference_mode()
     def stream(
-        self,
-        prompts,
-        max_new_tokens,
-        temperature=0.0,
-        top_k=None,
-        top_p=None,
-        stop_token=None,
-        seed=None,
-        slots=None,
+        self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None, slots=None
     ):
         """
         generate(), step by step: yields lists of (number of a prompt, its next id), where None for an id says that the
@@ -722,15 +709,7 @@ class HRM(nn.Module):
                 yield news
 
     def generate(
-        self,
-        prompts,
-        max_new_tokens,
-        temperature=0.0,
-        top_k=None,
-        top_p=None,
-        stop_token=None,
-        seed=None,
-        slots=None,
+        self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None, slots=None
     ):
         """
         Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
@@ -781,10 +760,8 @@ class Decoder:
 
     def decode(self, sizes):
         """Choose the next id of every slot, whose answers have so many tokens. In free slots it means nothing."""
-        group = (
-            len(sizes) if self.pos.is_cuda else -(-len(sizes) // 4)
-        )  # a GPU would rather have one call than less work
-        biases = []
+        n_groups = 1 if self.pos.is_cuda else 4  # a GPU would rather have one call than less work
+        group, biases = -(-len(sizes) // n_groups), []
         for start in range(0, len(sizes), group):
             place = torch.arange(max(2, *sizes[start : start + group]), device=self.pos.device)
             unseen = place > self.pos[start : start + group, None]

@@ -488,8 +488,7 @@ def train_step(batch, bp_steps, lr):
     # has none at 2), but it is the same ones on every rank.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     sum_over_ranks(loss, *grads)
-    healthy = (loss + torch.stack(torch._foreach_norm(grads, math.inf)).sum()).isfinite()
-    healthy = download(healthy)
+    healthy = download((loss + torch.stack(torch._foreach_norm(grads, math.inf)).sum()).isfinite())
     optimizer.param_groups[0]["lr"] = lr
     if not skip_nonfinite or healthy():  # without skipping, the step need not wait for the answer
         optimizer.step()
@@ -683,7 +682,7 @@ blocks = "compiled" if model.compile_blocks else "not compiled"
 kind = str(dtype).removeprefix("torch.") + " by oneDNN" * (MKL_IS_SLOW and device == "cpu" and dtype == torch.float32)
 say(f"{n_params:,} parameters, {world_size} x {device_name}, {kind}, blocks {blocks}")
 if device == "cpu" and dtype == torch.float32 and multiplies_bf16():
-    say("this CPU multiplies bfloat16 too: for all but small models --dtype=bfloat16 is faster")
+    say("this CPU multiplies bfloat16 too: --dtype=bfloat16 may be faster")
 say(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {out / 'log.jsonl'}")
 
 stop_asked = None
