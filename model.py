@@ -336,9 +336,10 @@ def cached_attention(q, keys, values, mask):
     for bias in mask.bias:
         slots, S = slice(start, start + bias.size(0)), bias.size(-1)
         some, k, v = q[slots].transpose(1, 2), keys[slots, :, :S], values[slots, :, :S]
-        if q.is_cpu and torch.compiler.is_compiling():  # two loops over the cache, at the speed of memory
-            weights = ((some * k).sum(-1) + bias[:, :, 0]).softmax(-1)
-            out.append((weights[..., None] * v).sum(2)[:, None])
+        if q.is_cpu and torch.compiler.is_compiling():  # one loop over k and one over v, at the speed of memory
+            weights = ((some * k).sum(-1) + bias[:, :, 0]).softmax(-1)[..., None]
+            sums = [(weights * channels).sum(2) for channels in v.split(16, -1)]  # all at once would be a loop for each
+            out.append(torch.cat(sums, -1)[:, None])
         else:
             out.append(F.scaled_dot_product_attention(some, k, v, attn_mask=bias, scale=1.0).transpose(1, 2))
         start = slots.stop
@@ -410,12 +411,10 @@ class CrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(with_gradient):
                 inputs = [t.detach().requires_grad_(with_gradient) for t in (some, weight)]
                 output = linear(*inputs)
-            logits = output.detach().float()
-            scale = logits.logsumexp(-1, keepdim=True)
-            total += (scale - logits.gather(1, ids)).sum()
+            log_p = output.detach().log_softmax(-1, dtype=torch.float32)
+            total -= log_p.gather(1, ids).sum()
             if with_gradient:
-                dlogits = (logits - scale).exp_()
-                dlogits.scatter_add_(1, ids, torch.full_like(scale, -1))
+                dlogits = log_p.exp_().scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
                 part, dw = torch.autograd.grad(output, inputs, dlogits.to(output.dtype))
                 dh.append(part)
                 dweight += dw
