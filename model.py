@@ -24,6 +24,7 @@ import json
 import math
 import os
 import sys
+import warnings
 import zipfile
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -43,6 +44,9 @@ IGNORE = -100  # target of positions that carry no loss
 LOGITS_AT_ONCE = 2**28  # of the loss: 1 GB in fp32, and twice as much again for what becomes of them
 PREFILL = 2**14  # tokens of prompts read at a time, so that their activations fit
 PASSES_AHEAD = {"cuda": 1}  # generation begins so many passes before it looks at the ids of the one before
+RECORDED = {
+    "cuda"
+}  # where generation is recorded, as CUDA graphs: launching kernels singly would take longer than they do
 REFILL = 16  # generation takes up waiting prompts when so many-th part of the slots is free
 
 # ----------------------------------------------------------------------------------------------------
@@ -125,6 +129,23 @@ def download(tensor):
         return copy
 
     return wait
+
+
+def record(function):
+    """
+    Make function(), which returns a tensor, a CUDA graph. Returns that tensor, and a function that computes it again
+    from what then is in the memory which the first call used.
+    """
+    result = function()  # compiles, and chooses kernels
+    if result.is_cuda:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = function()
+            return result, graph.replay
+        except RuntimeError as e:
+            warnings.warn(f"generation goes on more slowly, without CUDA graphs: {reason(e)}", stacklevel=2)
+    return result, lambda: result.copy_(function())
 
 
 def may_see(query_pos, key_pos, key_in_prefix):
@@ -473,9 +494,7 @@ class HRM(nn.Module):
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.compute_dtype = torch.float32  # of activations and matmuls; weights are stored in their own
         self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa
-        self.usable_ids = (
-            None  # if set, generation yields lower ids only: a vocabulary may be larger than its tokenizer
-        )
+        self.usable_ids = None  # if set, generation yields lower ids only: a vocabulary may exceed its tokenizer
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
 
@@ -731,7 +750,8 @@ class Decoder:
         config, device = model.config, model.embed.device
         self.model, self.pick = model, pick
         self.kind = dict(dtype=model.compute_dtype, device=device)
-        shape = (n_slots, config.n_head, room + 1, config.head_dim)  # a slice that is never all compiles but once
+        self.room, self.recorded = max(room, 2), {}
+        shape = (n_slots, config.n_head, self.room + 1, config.head_dim)  # a slice that is never all compiles but once
         n_caches = config.n_steps * config.n_layer // 2
         self.caches = [tuple(torch.zeros(shape, **self.kind) for _ in "kv") for _ in range(n_caches)]
         for tensor in (t for pair in self.caches for t in pair):
@@ -759,17 +779,29 @@ class Decoder:
 
     def decode(self, sizes):
         """Choose the next id of every slot, whose answers have so many tokens. In free slots it means nothing."""
-        n_groups = 1 if self.pos.is_cuda else 4  # a GPU would rather have one call than less work
-        group, biases = -(-len(sizes) // n_groups), []
-        for start in range(0, len(sizes), group):
-            place = torch.arange(max(2, *sizes[start : start + group]), device=self.pos.device)
-            unseen = place > self.pos[start : start + group, None]
+        if self.pos.device.type in RECORDED:  # for few numbers of positions: 48, 64, 96, 128, 192, ...
+            power = 2 ** (max(64, *sizes) - 1).bit_length()
+            seen = min(power // 4 * 3 if max(sizes) <= power // 4 * 3 else power, self.room)
+            if seen not in self.recorded:
+                self.recorded[seen] = record(partial(self._logits, [seen]))
+            logits, again = self.recorded[seen]
+            again()
+        else:
+            group = -(-len(sizes) // 4)
+            logits = self._logits([max(sizes[i : i + group]) for i in range(0, len(sizes), group)])
+        self.last.copy_(self.pick(logits))
+        self.pos.add_(1).clamp_(max=self.room - 1)
+
+    def _logits(self, seen):
+        """After the newest id of every slot. The slots, in groups, look at so many positions of their caches."""
+        group, biases = -(-len(self.pos) // len(seen)), []
+        for pos, n in zip(self.pos[:, None].split(group), seen):
+            unseen = torch.arange(max(2, n), device=pos.device) > pos
             biases.append(torch.zeros(unseen.shape, **self.kind).masked_fill_(unseen, -math.inf)[:, None, None])
             torch._dynamo.mark_dynamic(biases[-1], 3)
         h = self._hidden(self.last[:, None], self.every[:, None], self.pos[:, None], CacheMask(tuple(biases)))
         head = compiled(linear) if self.model.compile_blocks else linear
-        self.last = self.pick(head(h[:, 0], self.weights.lm_head))
-        self.pos = (self.pos + 1).clamp(max=self.caches[0][0].size(2) - 2)
+        return head(h[:, 0], self.weights.lm_head)
 
     def _hidden(self, idx, slot, pos, mask):
         caches = [KVCache(k, v, slot, pos) for k, v in self.caches]

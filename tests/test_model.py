@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import documents, pack, plain_logits, tiny_model
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from model import HRM, AdamATan2, HRMConfig, flex_mask, in_first, onednn_linear, packed_mask
+from model import HRM, AdamATan2, HRMConfig, flex_mask, in_first, onednn_linear, packed_mask, record
 
 
 def close(a, b, tolerance=1e-5):
@@ -276,6 +277,27 @@ def test_waiting_prompts_take_the_places_of_complete_ones(ahead, monkeypatch):
     ends = [i for news in model.stream(prompts, 10, stop_token=3, slots=5) for i, new in news if new is None]
     assert sorted(ends) == list(range(40))
     assert model.generate(prompts, 0) == [[]] * 40 and model.generate([], 5) == []
+
+
+def test_steps_of_generation_can_be_recorded(monkeypatch):
+    """Recorded as a CUDA graph would be, as operations on the same memory without Python, they yield the same ids."""
+    model = tiny_model(n_layer=2, block_size=128)
+    prompts = [ids.tolist() for ids, _ in documents([(n, 0) for n in (3, 30, 9, 17, 5)])]
+    stop = model.generate(prompts, 80)[0][50]
+    want, steps = model.generate(prompts, 80, stop_token=stop), []
+    assert len(want[0]) <= 50 and max(map(len, want)) == 80
+
+    def operations(function):
+        play, result = make_fx(lambda: function())(), function()
+        steps.append(play)
+        return result, lambda: result.copy_(play())
+
+    monkeypatch.setattr("model.RECORDED", {"cpu"})
+    for recorder in record, operations:
+        monkeypatch.setattr("model.record", recorder)
+        for slots in 2, 5:
+            assert model.generate(prompts, 80, stop_token=stop, slots=slots) == want
+    assert len(steps) == 2 * 4  # for 48, 64, 96 and all 109 positions
 
 
 def test_compiled_generation_equals_eager_and_compiles_once():
