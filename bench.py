@@ -40,8 +40,8 @@ n_head = 4
 n_embd = 256
 vocab_size = 4096
 block_size = 1024
-batch_size = 4  # rows per step
-micro_batch_size = 4
+batch_size = 8  # rows per step
+micro_batch_size = 8
 bp_steps = 5
 n_prompts = 64
 max_new_tokens = 96
@@ -50,6 +50,7 @@ data_mb = 200  # of them, repeated
 tokenizer = "train:4096"  # for data, as data.py takes it
 threads = 2  # of the tokenizer
 rounds = 5  # of measurements, each of ours and then of the peer's
+profile = False  # tell the ten operations, or kernels, that take longest in train and decode
 peer = True  # measure transformers too
 peer_batches = "8,16,32"  # documents in a padded batch of the peer's, to find its best
 device = "auto"  # cpu, cuda or mps
@@ -80,6 +81,20 @@ def measure(contestants, rounds):
 def synchronize():
     if device != "cpu":
         getattr(torch, device.partition(":")[0]).synchronize()
+
+
+def longest_operations(run):
+    """{name: share of the time} of the ten operations in run(), or kernels on a GPU, that take longest; as a table."""
+    with torch.profiler.profile() as profiler:
+        run()
+        synchronize()
+    kind = f"self_{'device' if on_cuda else 'cpu'}_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, kind))
+    total = sum(getattr(event, kind) for event in events)
+    return {
+        e.key.removeprefix("## Call ")[:38]: {"of the time": getattr(e, kind) / total, "calls": e.count}
+        for e in events[:10]
+    }
 
 
 def documents(n):
@@ -184,7 +199,7 @@ def bench_train():
     with tempfile.TemporaryDirectory() as directory:
         make_dataset(Path(directory), docs)
         loader = data.Loader(directory, "train", batch_size, block_size, seed)
-        batches = [next(loader) for _ in range(4)]
+        batches = [next(loader) for _ in range(2)]
         clock = time.perf_counter()
         for _ in range(20):
             next(loader)
@@ -226,10 +241,12 @@ def bench_train():
         for name, row in table.items():
             if "float32" in name:
                 table["ours"]["of transformers in float32"] = table["ours"]["tokens/s"] / row["tokens/s"]
-    table["loader"] = {"tokens/s": n_tokens / 4 / loader_seconds, "of a step": loader_seconds * 4 / seconds["ours"]}
+    table["loader"] = {"tokens/s": n_tokens / 2 / loader_seconds, "of a step": loader_seconds * 2 / seconds["ours"]}
     table["kept for the backward pass"] = {"MB": kept / 1e6, "KB/token": kept / 1e3 / rows}
     if on_cuda:
         table["kept for the backward pass"]["peak GB"] = peak / 1e9  # another model's weights included
+    if profile:
+        table |= longest_operations(contestants["ours"])
     return table
 
 
@@ -263,7 +280,7 @@ def peer_steps(model, docs, size, compute):
             labels[i, p - 1 : n] = torch.from_numpy(ids[p:])
         batches.append(({name: t.to(device) for name, t in batch.items()}, labels.to(device)))
 
-    per_step = -(-len(batches) // 4)  # as many optimizer steps as ours
+    per_step = -(-len(batches) // 2)  # as many optimizer steps as ours
 
     def run():
         for i, (batch, labels) in enumerate(batches):
@@ -323,6 +340,8 @@ def decode_table(model, what, prompts):
     ours["GB/s of weights"] = bytes_per_step(model) * max_new_tokens / seconds["ours"] / 1e9
     longest = max(map(len, prompts)) + max_new_tokens
     ours["cache MB"] = len(prompts) * longest * model.cache_bytes_per_token() / 1e6
+    if profile:
+        table |= {f"{what}: {name}": row for name, row in longest_operations(contestants["ours"]).items()}
     return table
 
 
