@@ -478,7 +478,7 @@ def bench_compile():
         row("first step, not compiled", "step", "none", compile=False)
         row("first step, compiled, cold cache", "step", "a")
         row("first step, compiled, warm cache", "step", "a")
-        small = dict(n_embd=64, n_head=2)
+        small = dict(n_embd=64, n_head=2, batch_size=1, micro_batch_size=1)  # a short step: most is compiling
         row("first step, 4 layers of width 64, cold", "step", "b", n_layer=4, **small)
         row("first step, 32 layers of width 64, cold", "step", "c", n_layer=32, **small)
         row("first token, not compiled", "token", "none", compile=False)

@@ -44,9 +44,7 @@ IGNORE = -100  # target of positions that carry no loss
 LOGITS_AT_ONCE = 2**28  # of the loss: 1 GB in fp32, and twice as much again for what becomes of them
 PREFILL = 2**14  # tokens of prompts read at a time, so that their activations fit
 PASSES_AHEAD = {"cuda": 1}  # generation begins so many passes before it looks at the ids of the one before
-RECORDED = {
-    "cuda"
-}  # where generation is recorded, as CUDA graphs: launching kernels singly would take longer than they do
+RECORDED = {"cuda"}  # where a step of generation becomes a CUDA graph: to launch its kernels singly takes longer
 REFILL = 16  # generation takes up waiting prompts when so many-th part of the slots is free
 
 # ----------------------------------------------------------------------------------------------------
@@ -141,8 +139,8 @@ def record(function):
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = function()
-            return result, graph.replay
+                recorded = function()
+            return recorded, graph.replay
         except RuntimeError as e:
             warnings.warn(f"generation goes on more slowly, without CUDA graphs: {reason(e)}", stacklevel=2)
     return result, lambda: result.copy_(function())
@@ -357,9 +355,9 @@ def cached_attention(q, keys, values, mask):
     for bias in mask.bias:
         slots, S = slice(start, start + bias.size(0)), bias.size(-1)
         some, k, v = q[slots].transpose(1, 2), keys[slots, :, :S], values[slots, :, :S]
-        if q.is_cpu and torch.compiler.is_compiling():  # one loop over k and one over v, at the speed of memory
+        if q.is_cpu and torch.compiler.is_compiling():  # a loop over k and one over v, near the speed of memory
             weights = ((some * k).sum(-1) + bias[:, :, 0]).softmax(-1)[..., None]
-            sums = [(weights * channels).sum(2) for channels in v.split(16, -1)]  # all at once would be a loop for each
+            sums = [(weights * v16).sum(2) for v16 in v.split(16, -1)]  # (weights * v) would be several loops
             out.append(torch.cat(sums, -1)[:, None])
         else:
             out.append(F.scaled_dot_product_attention(some, k, v, attn_mask=bias, scale=1.0).transpose(1, 2))
