@@ -88,13 +88,16 @@ def longest_operations(run):
     with torch.profiler.profile() as profiler:
         run()
         synchronize()
-    kind = f"self_{'device' if on_cuda else 'cpu'}_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, kind))
-    total = sum(getattr(event, kind) for event in events)
-    return {
-        e.key.removeprefix("## Call ")[:38]: {"of the time": getattr(e, kind) / total, "calls": e.count}
-        for e in events[:10]
-    }
+    events, kind = profiler.key_averages(), "self_cpu_time_total"
+    if on_cuda:  # kernels alone: operations hold the time of theirs once more
+        cuda, kind = torch.autograd.DeviceType.CUDA, "self_device_time_total"
+        events = [event for event in events if event.device_type == cuda and not event.is_user_annotation]
+    events = sorted(events, key=lambda event: -getattr(event, kind))
+    total, table = sum(getattr(event, kind) for event in events), {}
+    for i, event in enumerate(events[:10], 1):
+        name = f"{i}. {event.key.removeprefix('## Call ')[:36]}"
+        table[name] = {"of the time": getattr(event, kind) / total, "calls": event.count}
+    return table
 
 
 def documents(n):

@@ -119,7 +119,7 @@ def download(tensor):
     copy = tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True)
     event = torch.cuda.Event() if tensor.is_cuda else None
     if event:
-        event.record()
+        event.record(torch.cuda.current_stream(tensor.device))
 
     def wait():
         if event:
@@ -135,13 +135,15 @@ def record(function):
     from what then is in the memory which the first call used.
     """
     result = function()  # compiles, and chooses kernels
-    if result.is_cuda:
-        graph = torch.cuda.CUDAGraph()
+    if result.is_cuda and result.device.index == torch.cuda.current_device():
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        options = dict(stream=torch.cuda.Stream(), capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.stream(here), torch.cuda.graph(graph, **options):  # back to `here` after a failure too
                 recorded = function()
             return recorded, graph.replay
         except RuntimeError as e:
+            RECORDED.clear()
             warnings.warn(f"generation goes on more slowly, without CUDA graphs: {reason(e)}", stacklevel=2)
     return result, lambda: result.copy_(function())
 
@@ -785,7 +787,8 @@ class Decoder:
             logits, again = self.recorded[seen]
             again()
         else:
-            group = -(-len(sizes) // 4)
+            n_groups = 1 if self.pos.is_cuda else 4  # a GPU would rather have one call than less work
+            group = -(-len(sizes) // n_groups)
             logits = self._logits([max(sizes[i : i + group]) for i in range(0, len(sizes), group)])
         self.last.copy_(self.pick(logits))
         self.pos.add_(1).clamp_(max=self.room - 1)
@@ -1065,6 +1068,8 @@ def choose_device(device, dtype):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
     if kind == "cpu":
         keep_freed_memory()
+    if kind == "cuda" and index:
+        torch.cuda.set_device(device)
     return device, getattr(torch, dtype)
 
 
