@@ -49,7 +49,7 @@ source = ""  # texts for data: a .jsonl file with the fields of GSM8K; "": the e
 data_mb = 200  # of them, repeated
 tokenizer = "train:4096"  # for data, as data.py takes it
 threads = 2  # of the tokenizer
-rounds = 5  # of measurements, each of ours and then of the peer's
+rounds = 5  # of measurements in train and decode, each of ours and then of the peer's
 profile = False  # tell the ten operations, or kernels, that take longest in train and decode
 peer = True  # measure transformers too
 peer_batches = "8,16,32"  # documents in a padded batch of the peer's, to find its best
@@ -499,6 +499,11 @@ def bench_compile():
 TASKS = {"train": bench_train, "decode": bench_decode, "data": bench_data, "compile": bench_compile}
 tasks = [arg for arg in sys.argv[1:] if arg.isalpha()] or ["all"]
 try:
+    for key in ("batch_size", "micro_batch_size", "n_prompts", "max_new_tokens", "data_mb", "threads", "rounds"):
+        if globals()[key] < 1:
+            raise ValueError(f"{key} must be at least 1")
+    if not all(size.isdecimal() and int(size) for size in peer_batches.split(",")):
+        raise ValueError(f"peer_batches must be numbers such as 8,16,32, not {peer_batches!r}")
     device, compute = choose_device(device, dtype)
     on_cuda = device.startswith("cuda")
     if "BENCH_FIRST" in os.environ:
@@ -523,7 +528,7 @@ try:
 except (ValueError, OSError) as e:
     sys.exit(f"bench.py: {reason(e)}")
 except KeyboardInterrupt:
-    sys.exit("bench.py: interrupted; nothing was written")
+    sys.exit(1 if "BENCH_FIRST" in os.environ else "bench.py: interrupted; nothing was written")
 content = {"machine": name, "torch": torch.__version__, "settings": settings, "tables": tables}
 Path("bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 print("\nwritten to bench.json")
