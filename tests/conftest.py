@@ -3,15 +3,15 @@
 import os
 import shutil
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from scripts import ROOT  # noqa: E402
+
+sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from model import HRM, HRMConfig  # noqa: E402

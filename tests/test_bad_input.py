@@ -9,15 +9,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import ENV, TINY, command, run
+from scripts import ROOT, TINY, run
 
 import data
 from configurator import configure, settings_of
@@ -202,7 +200,7 @@ def outcomes(trained, tmp_path_factory):
         if prepare:
             prepare(place)
         before = tree(place)
-        done = subprocess.run(command(*start.split()), cwd=place, env=ENV, capture_output=True, text=True)
+        done = run(place, *start.split(), ok=False)
         return done, before, tree(place)
 
     with ThreadPoolExecutor(2) as pool:

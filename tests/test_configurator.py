@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from scripts import ROOT
 
 from configurator import configure, settings_of
 

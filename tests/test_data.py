@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from scripts import ROOT
 
 import data
 from configurator import settings_of

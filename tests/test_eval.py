@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from scripts import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """The Hugging Face layout in both directions, with transformers and tokenizers as the independent judges."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from scripts import run
 from test_data import TEXTS
 
 import data
@@ -339,44 +337,28 @@ def test_the_chat_template_makes_our_prefix(tmp_path):
 
 def test_export_answers_the_same(tmp_path, problems_dir):
     """train.py -> model.py -> transformers alone; and sample.py and eval.py on the export as on the run."""
-    run = dict(cwd=tmp_path, capture_output=True, text=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "problems").symlink_to(problems_dir)
-    shape = ["--n_layer=2", "--n_embd=32", "--block_size=256", "--device=cpu", "--compile=False"]
-    for command in (
-        ["train.py", *shape, "--batch_size=2", "--max_iters=30", "--learning_rate=1e-2", "--ema=0.5"],
-        ["model.py", "--export_dir=hf"],
-    ):
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], **run)
-        assert done.returncode == 0, done.stderr
+    shape = ["--n_layer=2", "--n_embd=32", "--block_size=256", "--batch_size=2", "--device=cpu", "--compile=False"]
+    run(tmp_path, "train.py", *shape, "--max_iters=30", "--learning_rate=1e-2", "--ema=0.5")
+    run(tmp_path, "model.py", "--export_dir=hf")
     question = "Tom has 12 apples and buys 9 more. How many apples does Tom have now?"
-    answers = [
-        subprocess.run(
-            [sys.executable, ROOT / "sample.py", f"--prompt={question}", "--max_new_tokens=20", *init], **run
-        ).stdout
-        for init in ([], ["--init_from=hf"])
-    ]
-    answers = [answer.partition(f"{question}\n---\n")[2] for answer in answers]
+    answers = []
+    for init in [], ["--init_from=hf"]:
+        said = run(tmp_path, "sample.py", f"--prompt={question}", "--max_new_tokens=20", *init).stdout
+        answers.append(said.partition(f"{question}\n---\n")[2])
     assert answers[0] == answers[1] and len(answers[0]) > 5
     results = []
     for init in ["--out_dir=out"], ["--out_dir=out2", "--init_from=hf"]:
         args = ["--tasks=problems", "--limit=5", "--max_new_tokens=10", "--save_generations=True"]
-        subprocess.run([sys.executable, ROOT / "eval.py", *init, *args], **run)
+        run(tmp_path, "eval.py", *init, *args)
         results.append((tmp_path / init[0][10:] / "generations-problems.jsonl").read_text())
     assert len(results[0]) > 100
     pipe = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), dtype=torch.float32)
     reply = pipe([{"role": "user", "content": question}], max_new_tokens=20)[0]["generated_text"][-1]["content"]
     assert reply == answers[0].rstrip("\n")
-    tuned = [
-        "--init_from=hf",
-        "--out_dir=tuned",
-        "--batch_size=2",
-        "--max_iters=1",
-        "--bp_min=5",
-        "--learning_rate=0.0",
-    ]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *shape, *tuned], **run)
-    assert done.returncode == 0, done.stderr
+    tuned = ["--init_from=hf", "--out_dir=tuned", "--max_iters=1", "--bp_min=5", "--learning_rate=0.0"]
+    run(tmp_path, "train.py", *shape, *tuned)
     losses = [
         json.loads(line).get("val_loss") for out in ("out", "tuned") for line in open(tmp_path / out / "log.jsonl")
     ]

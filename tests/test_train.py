@@ -5,26 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
-
-TINY = "--n_layer=2 --n_embd=32 --block_size=256 --batch_size=4 --warmup_iters=5 --device=cpu --compile=False".split()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(script, *args, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, ROOT / script, *args]
-
-
-def run(cwd, script, *args, ranks=1, ok=True):
-    done = subprocess.run(command(script, *args, ranks=ranks), cwd=cwd, env=ENV, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
+from scripts import ENV, TINY, command, run
 
 
 def read_log(out, key="loss"):
