@@ -498,6 +498,7 @@ def bench_compile():
 
 TASKS = {"train": bench_train, "decode": bench_decode, "data": bench_data, "compile": bench_compile}
 tasks = [arg for arg in sys.argv[1:] if arg.isalpha()] or ["all"]
+tables = {}
 try:
     for key in ("batch_size", "micro_batch_size", "n_prompts", "max_new_tokens", "data_mb", "threads", "rounds"):
         if globals()[key] < 1:
@@ -519,16 +520,16 @@ try:
             print("without transformers (pip install transformers) there is no peer for train and decode")
     name = torch.cuda.get_device_name() if on_cuda else f"{device}, {torch.get_num_threads()} threads"
     print(f"{name}, {str(compute).removeprefix('torch.')}, torch {torch.__version__}; ratios: more is better")
-    tables = {}
     for task in TASKS if "all" in tasks else tasks:
         tables[task] = TASKS[task]()
         print(f"\n{task}")
         for what, row in tables[task].items():
             print(f"  {what:<54}" + ", ".join(f"{key} {value:,.4g}" for key, value in row.items()))
+        content = {"machine": name, "torch": torch.__version__, "settings": settings, "tables": tables}
+        Path("bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 except (ValueError, OSError) as e:
     sys.exit(f"bench.py: {reason(e)}")
 except KeyboardInterrupt:
-    sys.exit(1 if "BENCH_FIRST" in os.environ else "bench.py: interrupted; nothing was written")
-content = {"machine": name, "torch": torch.__version__, "settings": settings, "tables": tables}
-Path("bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    told = "bench.json holds the tables above" if tables else "nothing was written"
+    sys.exit(1 if "BENCH_FIRST" in os.environ else f"bench.py: interrupted; {told}")
 print("\nwritten to bench.json")
