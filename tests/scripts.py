@@ -1,23 +1,23 @@
 """
 Running the scripts as their users do.
 
-A new Python needs seconds to import torch, and the suite runs some 150 scripts: on Linux, those of one rank are forks
-of a process that has imported the libraries and nothing of the project.
+A new Python needs seconds to import torch, and the suite runs some 150 scripts. On Linux, most are therefore forks of a
+server (server.py) that has imported the libraries, and nothing of the project.
 """
 
-import multiprocessing
+import json
 import os
-import runpy
+import signal
 import subprocess
 import sys
-import tempfile
+from functools import cache
 from pathlib import Path
+from queue import Queue
+from tempfile import NamedTemporaryFile
 
 ROOT = Path(__file__).parents[1]
 TINY = "--n_layer=2 --n_embd=32 --block_size=256 --batch_size=4 --warmup_iters=5 --device=cpu --compile=False".split()
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-PROCESSES.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "tqdm"])
 
 
 def torchrun(*options):
@@ -30,31 +30,42 @@ def command(script, *args, ranks=1, restarts=0):
 
 
 def run(cwd, script, *args, ranks=1, restarts=0, ok=True, **env):
-    """Run a script to its end, with `env` added to the environment; it must succeed, or fail if not `ok`."""
-    start, env = command(script, *args, ranks=ranks, restarts=restarts), {**ENV, **env}
-    if ranks > 1:
-        done = subprocess.run(start, cwd=cwd, env=env, capture_output=True, text=True)
+    """
+    Run a script to its end. It must succeed, or fail if `ok` is False, or either if None. `env` is added to the
+    environment, but too late for what Python and torch read when they start.
+    """
+    start = command(script, *args, ranks=ranks, restarts=restarts)
+    if ranks > 1 or sys.platform != "linux":
+        done = subprocess.run(start, cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
     else:
-        with tempfile.TemporaryDirectory() as said:
-            process = PROCESSES.Process(target=_run_script, args=(start[1:], cwd, env, said))
-            process.start()
-            process.join()
-            outputs = (Path(said, name).read_text() for name in ("stdout", "stderr"))
-            done = subprocess.CompletedProcess(start, process.exitcode, *outputs)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        done = forked(start, cwd, env)
+    assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 
 
-def _run_script(argv, cwd, env, said):
-    """In the new process: become `python *argv`, whose output goes to files in the directory `said`."""
-    import torch
+def forked(start, cwd, env):
+    """What subprocess.run would return, from the server that has waited longest."""
+    idle = servers()
+    server = idle.get()
+    with NamedTemporaryFile("r") as stdout, NamedTemporaryFile("r") as stderr:
+        try:
+            request = json.dumps([start[1:], cwd, env, stdout.name, stderr.name], default=str)
+            print(request, file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+        except BaseException:  # Ctrl-C, say, which must not leave the script running
+            os.killpg(server.pid, signal.SIGKILL)
+            servers.cache_clear()
+            raise
+        idle.put(server)
+        return subprocess.CompletedProcess(start, status, stdout.read(), stderr.read())
 
-    for fd, name in (1, "stdout"), (2, "stderr"):
-        os.dup2(os.open(os.path.join(said, name), os.O_WRONLY | os.O_CREAT), fd)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    sys.argv = [str(arg) for arg in argv]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+
+@cache
+def servers():
+    """Two, that two scripts may run at a time, and that the next has another order of sets than the one before."""
+    idle = Queue()
+    for seed in "12":
+        start, env = [sys.executable, ROOT / "tests" / "server.py"], {**ENV, "PYTHONHASHSEED": seed}
+        pipe = subprocess.PIPE
+        idle.put(subprocess.Popen(start, env=env, stdin=pipe, stdout=pipe, text=True, start_new_session=True))
+    return idle
