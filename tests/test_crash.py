@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -156,9 +157,10 @@ def test_two_processes_do_not_share_an_out_dir(workplace):
     finally:
         process.kill()
         process.wait()
-    start = command("train.py", *RUN, "--max_iters=100", "--out_dir=new")
-    both = [subprocess.Popen(start, cwd=workplace, env=ENV, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert sorted(process.wait() for process in both) == [0, 1]
+    with ThreadPoolExecutor(2) as pool:
+        start = [workplace, "train.py", *RUN, "--max_iters=100", "--out_dir=new"]
+        both = [pool.submit(run, *start, ok=None) for _ in range(2)]
+    assert sorted(done.result().returncode for done in both) == [0, 1]
 
 
 def test_the_newest_checkpoints_are_kept(workplace):
