@@ -62,6 +62,8 @@ seed = 1337
 settings = configure(globals(), [arg for arg in sys.argv[1:] if not arg.isalpha()])
 # ----------------------------------------------------------------------------------------------------
 
+STEPS = 2  # of training in a measurement, ours and the peer's
+
 
 def measure(contestants, rounds):
     """{name: seconds} of {name: function}: each called once to warm up, then `rounds` times in turns; the median."""
@@ -202,7 +204,7 @@ def bench_train():
     with tempfile.TemporaryDirectory() as directory:
         make_dataset(Path(directory), docs)
         loader = data.Loader(directory, "train", batch_size, block_size, seed)
-        batches = [next(loader) for _ in range(2)]
+        batches = [next(loader) for _ in range(STEPS)]
         clock = time.perf_counter()
         for _ in range(20):
             next(loader)
@@ -244,7 +246,8 @@ def bench_train():
         for name, row in table.items():
             if "float32" in name:
                 table["ours"]["of transformers in float32"] = table["ours"]["tokens/s"] / row["tokens/s"]
-    table["loader"] = {"tokens/s": n_tokens / 2 / loader_seconds, "of a step": loader_seconds * 2 / seconds["ours"]}
+    step, n = seconds["ours"] / STEPS, n_tokens / STEPS
+    table["loader"] = {"tokens/s": n / loader_seconds, "of a step": loader_seconds / step}
     table["kept for the backward pass"] = {"MB": kept / 1e6, "KB/token": kept / 1e3 / rows}
     if on_cuda:
         table["kept for the backward pass"]["peak GB"] = peak / 1e9  # another model's weights included
@@ -283,7 +286,7 @@ def peer_steps(model, docs, size, compute):
             labels[i, p - 1 : n] = torch.from_numpy(ids[p:])
         batches.append(({name: t.to(device) for name, t in batch.items()}, labels.to(device)))
 
-    per_step = -(-len(batches) // 2)  # as many optimizer steps as ours
+    per_step = -(-len(batches) // STEPS)
 
     def run():
         for i, (batch, labels) in enumerate(batches):
