@@ -1,0 +1,135 @@
+"""What all files here share: devices, files that survive a crash, and errors that a user reads in one sentence."""
+
+import json
+import os
+import sys
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def choose_device(device, dtype):
+    """The settings `device` and `dtype`, either of which may be "auto" -> (device, torch dtype). auto is the first of
+    cuda, mps and cpu that is here, and bfloat16 where the device multiplies it. Raises ValueError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process on its node
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = device.partition(":")
+    if not counts.get(kind) or (index and not (index.isdecimal() and int(index) < counts[kind])):
+        available = ", ".join(f"{d}{f':0 to {n - 1}' * (n > 1)}" for d, n in counts.items() if n)
+        raise ValueError(f"device {device} is not available; this machine has {available}")
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" or (kind == "cpu" and cpu_multiplies_bf16()) else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    return device, getattr(torch, dtype)
+
+
+def cpu_multiplies_bf16():
+    """Whether this CPU has instructions for products of bfloat16, at least twice as fast as fp32's."""
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+
+@cache
+def compiled(function, dynamic=False):
+    """torch.compile(function), one for all callers."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it, a call runs uncompiled; generation has shapes of its own
+    return torch.compile(function, dynamic=dynamic)
+
+
+def upload(tensor, device):
+    """The tensor on `device`, without waiting for the device."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def one_line(error):
+    """The message of an exception, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def exit_on_error(interrupted="interrupted"):
+    """Errors that a user can cause end the script with one sentence, and so does Ctrl-C."""
+    script = Path(sys.argv[0]).name
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        sys.exit(f"{script}: {one_line(e)}")
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: {interrupted}")
+
+
+@contextmanager
+def errors_name_file(path, fault="is damaged"):
+    """Whatever fails inside is the fault of this file's content: it becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(one_line(e) if str(path) in str(e) else f"{path} {fault}: {one_line(e)}") from None
+
+
+def check_types(content, **types):
+    """Raise KeyError or ValueError unless `content` is a dict with these keys, of these types."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(content)[:40]!r} stands where a dict of {', '.join(types)} should")
+    for key, kind in types.items():
+        if type(content[key]) is not kind:
+            raise ValueError(f"{key} is {str(content[key])[:40]!r}, of type {type(content[key]).__name__}")
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError that names the file."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no {path}")
+    with errors_name_file(path):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+
+
+def replace_file(path, content):
+    """Write bytes beside `path` and rename: after a crash the file is the old or the new one, whole."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_directory(part.parent)
+
+
+def sync_directory(directory):
+    """Flush a directory's names to the disk, where the system can."""
+    with suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        with suppress(OSError):
+            os.fsync(handle)
+        os.close(handle)
+
+
+def local_directory(name, *patterns):
+    """The directory `name`, or a local copy of the hub's model of that name, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise FileNotFoundError(f"there is no directory {name} with a model")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=patterns or ["*.json", "*.safetensors"]))
+    except Exception as e:
+        error = f"{type(e).__name__}: {one_line(e)}"
+        raise ValueError(f"{name} is no directory and cannot be downloaded from the hub: {error}") from None

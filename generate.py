@@ -1,0 +1,222 @@
+"""The engine: greedy or sampled generation with static caches and continuous batching.
+
+Each answer in work has a slot. Prompts enter free slots as one packed row (prefill); then every decode step chooses the
+next id of all slots. Every block has a cache of its own at every step of the recurrence: 16 x 8 = 128 in the 1B model.
+On CUDA a decode step is a CUDA graph, since launching its kernels one by one takes longer than running them.
+"""
+
+import math
+import warnings
+from collections import deque
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from attention import attend, padded_batches
+from common import choose_device, compiled, local_directory, one_line, upload
+from model import HRM, output_and_mlp, project_gqkv, visible_keys
+from tokenizer import choose_condition, load_encoding
+
+MAX_PREFILL_TOKENS = 2**14  # of prompts read at a time, so that their activations fit
+CUDA_GRAPH_DEVICES = {"cuda"}
+
+
+def load_for_inference(name, average=True, device="auto", dtype="auto", compile=False, condition=""):
+    """The model of a run, a directory or a hub id, ready to generate, its Encoding, and the condition of prompts."""
+    device, dtype = choose_device(device, dtype)
+    source = local_directory(name)
+    model, encoding = HRM.from_pretrained(source, average).to(device, dtype), load_encoding(source)
+    if encoding.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has {encoding.n_vocab} ids and the model {model.config.vocab_size}")
+    model.compute_dtype, model.usable_ids, model.compile_blocks = dtype, encoding.n_vocab, compile
+    condition = choose_condition(condition, source)
+    print(f"{name}, on {device}, {str(dtype).removeprefix('torch.')}; condition: {condition or 'none'}")
+    return model, encoding, condition
+
+
+def cache_bytes_per_token(model):
+    """Size of the keys and values of one token: those of every block at every step of the recurrence."""
+    c = model.config
+    return 2 * c.n_layer // 2 * c.n_steps * c.n_head * c.head_dim * model.compute_dtype.itemsize
+
+
+@torch.inference_mode()
+def stream(
+    model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None, slots=None
+):
+    """Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
+    temperature 0 is greedy; top_k and top_p narrow the choice; seed makes sampling repeatable.
+    At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
+    Yields, step by step, a list of events (number of a prompt, its next id), where None for an id says that the answer
+    is complete. The stop_token is no event; a document ends at block_size at the latest. Raises ValueError."""
+    if min(temperature, top_k or 0, max_new_tokens, slots or 0) < 0 or not 0 <= (top_p or 0) <= 1:
+        raise ValueError("temperature, top_k, max_new_tokens and slots must be at least 0, and top_p from 0 to 1")
+    block_size, sizes = model.config.block_size, [len(p) for p in prompts]
+    for n in sizes:
+        if not 0 < n <= block_size:
+            raise ValueError(f"a prompt must have 1 to block_size = {block_size} tokens; one has {n}")
+    limits = [min(max_new_tokens, block_size + 1 - n) for n in sizes]  # a row of T tokens predicts one more
+    n_slots = min(slots or len(prompts), len(prompts))
+    generator = None if seed is None else torch.Generator(model.embed.device).manual_seed(seed)
+    choose = partial(choose_ids, model.usable_ids, temperature, top_k, top_p, generator)
+    engine = Engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
+    waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
+    in_slot, n_generated = [None] * n_slots, [0] * len(prompts)
+    while waiting or any(i is not None for i in in_slot):
+        free = [slot for slot, i in enumerate(in_slot) if i is None]
+        if waiting and 16 * len(free) >= n_slots:  # refill when at least 1/16 of the slots are free
+            active, n_tokens = [], 0
+            while waiting and free and (not active or n_tokens + sizes[waiting[0]] <= MAX_PREFILL_TOKENS):
+                active.append(free.pop(0))
+                in_slot[active[-1]] = waiting.popleft()
+                n_tokens += sizes[in_slot[active[-1]]]
+            engine.prefill([prompts[in_slot[slot]] for slot in active], active)
+        else:
+            active = [slot for slot, i in enumerate(in_slot) if i is not None]
+            engine.decode(max(sizes[in_slot[slot]] + n_generated[in_slot[slot]] for slot in active))
+        events, ids = [], engine.ids.tolist()
+        for slot in active:
+            i = in_slot[slot]
+            n_generated[i] += 1
+            if ids[slot] != stop_token:
+                events.append((i, ids[slot]))
+            if ids[slot] == stop_token or n_generated[i] == limits[i]:
+                events.append((i, None))
+                in_slot[slot] = None
+        yield events
+
+
+def generate(model, prompts, max_new_tokens, **options):
+    """stream() to its end. Returns the new ids of each prompt, without the stop_token."""
+    new = [[] for _ in prompts]
+    for events in stream(model, prompts, max_new_tokens, **options):
+        for i, id in events:
+            if id is not None:
+                new[i].append(id)
+    return new
+
+
+def choose_ids(usable_ids, temperature, top_k, top_p, generator, logits):
+    """The next ids (B,) from logits (B, vocab_size)."""
+    logits = logits[:, :usable_ids]
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+    if top_p and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        ordered[p.cumsum(-1) - p >= top_p] = -math.inf  # the ids before it already have top_p; the first always stays
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+class Engine:
+    """Answers in `n_slots` slots, each of at most `max_len` tokens. `ids` are the newest of each slot."""
+
+    def __init__(self, model, n_slots, max_len, choose):
+        config, device = model.config, model.embed.device
+        self.model, self.choose = model, choose
+        self.options = dict(device=device, dtype=model.compute_dtype)
+        self.weights, self.graphs, self.use_graphs = model.cast_weights(), {}, device.type in CUDA_GRAPH_DEVICES
+        self.max_len = max(max_len, 2)
+        shape = (n_slots, config.n_head, self.max_len + 1, config.head_dim)  # one more, so that every view is a part
+        n_caches = config.n_steps * config.n_layer // 2
+        self.caches = [[torch.zeros(shape, **self.options) for _ in "kv"] for _ in range(n_caches)]
+        for tensor in (t for pair in self.caches for t in pair if model.compile_blocks):
+            torch._dynamo.mark_dynamic(tensor, 2)  # other lengths need no compilation of their own
+        self.slots = torch.arange(n_slots, device=device)
+        self.ids, self.pos = torch.zeros_like(self.slots), torch.zeros_like(self.slots)  # newest ids; where they go
+
+    def prefill(self, prompts, slots):
+        """Read prompts into slots, as one packed row, and choose the first id of each answer."""
+        config, device = self.model.config, self.ids.device
+        lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor(slots)
+        idx = torch.tensor([id for p in prompts for id in p])[None]
+        doc = torch.arange(len(prompts)).repeat_interleave(lengths)[None]
+        first, last = visible_keys(doc, torch.full_like(doc, config.prefix_lm, dtype=torch.bool))
+        mask = padded_batches(first, last, config.n_head, **self.options)
+        inputs = idx, torch.arange(len(doc[0])) - first, slots[doc[0]], slots, lengths, lengths.cumsum(0) - 1
+        idx, pos, slot, slots, lengths, ends = (upload(t, device) for t in inputs)
+        caches = iter(self.caches)
+
+        def run_block(x, w, cos, sin):
+            g, q, *kv = project_gqkv(x, w.gqkv_proj, cos, sin, config.norm_eps)
+            for cache, new in zip(next(caches), kv):
+                cache[slot, :, pos[0]] = new[0]
+            return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], config.norm_eps)
+
+        z_H = self.model.recurrence(idx, pos, self.weights, run_block)
+        self.ids[slots] = self.choose(F.linear(z_H[0, ends], self.weights.lm_head))
+        self.pos[slots] = lengths
+
+    def decode(self, longest):
+        """Choose the next id of every slot, the longest of which has so many tokens. In free slots it means nothing."""
+        power = 2 ** (max(64, longest) - 1).bit_length()  # lengths are rounded up to 48, 64, 96, 128, 192, ...
+        length = min(power // 4 * 3 if longest <= power // 4 * 3 else power, self.max_len)
+        if self.use_graphs and length not in self.graphs:
+            try:
+                self.graphs[length] = capture_cuda_graph(partial(self._logits, length))
+            except RuntimeError as e:
+                self.use_graphs = False
+                warnings.warn(f"generation goes on more slowly, without CUDA graphs: {one_line(e)}", stacklevel=2)
+        if self.use_graphs:
+            logits, replay = self.graphs[length]
+            replay()
+        else:
+            logits = self._logits(length)
+        self.ids.copy_(self.choose(logits))
+        self.pos.add_(1).clamp_(max=self.max_len - 1)
+
+    def _logits(self, length):
+        """Of the token after the newest of every slot, which sees the cache's positions up to its own."""
+        seen = torch.arange(length, device=self.pos.device) <= self.pos[:, None]
+        bias = torch.zeros(seen.shape, **self.options).masked_fill_(~seen, -math.inf)[:, None, None]
+        caches, eps, run = iter(self.caches), self.model.config.norm_eps, decode_block
+        if self.model.compile_blocks:
+            torch._dynamo.mark_dynamic(bias, 3)
+            run = compiled(decode_block)
+
+        def run_block(x, w, cos, sin):
+            return run(x, w, cos, sin, eps, *next(caches), self.slots, self.pos, bias)
+
+        z_H = self.model.recurrence(self.ids[:, None], self.pos[:, None], self.weights, run_block)
+        return F.linear(z_H[:, 0], self.weights.lm_head)
+
+
+def decode_block(x, w, cos, sin, eps, k_cache, v_cache, slots, pos, bias):
+    """A block on one new token per slot: x (n_slots, 1, n_embd); caches (n_slots, n_head, max_len + 1, head_dim)."""
+    g, q, k, v = project_gqkv(x, w.gqkv_proj, cos, sin, eps, linear)
+    k_cache[slots, :, pos], v_cache[slots, :, pos] = k[:, 0], v[:, 0]
+    k, v = (cache[:, :, : bias.size(-1)] for cache in (k_cache, v_cache))
+    return output_and_mlp(x, g, cached_attention(q.transpose(1, 2), k, v, bias), *w[1:], eps, linear)
+
+
+# Two loops that Inductor makes fast on a CPU, where torch's kernels for one row and for one query are not.
+
+
+def linear(x, weight):
+    if x.is_cpu and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+        return (x.unsqueeze(-2) * weight).sum(-1)  # one prompt: half the time
+    return F.linear(x, weight)
+
+
+def cached_attention(q, k, v, bias):
+    """q (B, n_head, 1, head_dim); k, v (B, n_head, length, head_dim); result (B, 1, n_head, head_dim)."""
+    if not (q.is_cpu and torch.compiler.is_compiling()):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2)
+    weights = ((q * k).sum(-1) + bias[:, :, 0]).softmax(-1)[..., None]
+    sums = [(weights * v16).sum(2) for v16 in v.split(16, -1)]  # 64 prompts in bf16: a third of the time
+    return torch.cat(sums, -1)[:, None]
+
+
+def capture_cuda_graph(function):
+    """Make function() a CUDA graph. Returns its result, and a function that computes that again, in the same memory."""
+    function()  # compiles, and chooses kernels
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    options = dict(stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):  # back to this stream after a failure too
+        result = function()
+    return result, graph.replay
