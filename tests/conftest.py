@@ -43,6 +43,12 @@ def pack(docs, T):
     return idx, targets, doc, prefix
 
 
+def close(a, b, tolerance=1e-5):
+    """Whether the largest difference is small against the largest value."""
+    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
 def plain_logits(model, ids, n_prefix, bp_steps=8):
     """Logits (T, vocab_size) of one document from the model's weights alone: loops, one dense mask, explicit detach."""
     c, T, dim = model.config, len(ids), model.config.n_embd // model.config.n_head

@@ -17,6 +17,7 @@ import torch
 SCRIPT, (MOMENT, N) = sys.argv[1], os.environ["CRASH"].split()
 sys.path.insert(0, os.path.dirname(SCRIPT))
 import model  # noqa: E402
+import optim  # noqa: E402
 
 passed = 0
 
@@ -25,15 +26,27 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_nth(function):
-    """The function, preceded by death at the nth call."""
+def at_nth(function, counts=lambda *args: True):
+    """The function, preceded by death at the nth call that counts."""
 
     def wrapped(*args, **kwargs):
         global passed
-        passed += 1
+        passed += counts(*args)
         if passed == int(N):
             die()
         return function(*args, **kwargs)
+
+    return wrapped
+
+
+def at_nth_backward(function):
+    """The function, whose result brings death when its gradient is the nth that backward passes reach."""
+
+    def wrapped(*args):
+        y = function(*args)
+        if y.requires_grad:
+            y.register_hook(at_nth(lambda grad: grad))
+        return y
 
     return wrapped
 
@@ -65,20 +78,20 @@ def at_nth_spoiled(self, *args):
 save, forward = torch.save, model.HRM.forward
 restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not restarts:
-    if MOMENT == "backward":  # with the gradients of half of the blocks
-        model.after_attention = at_nth(model.after_attention)
+    if MOMENT == "backward":  # with the gradients of some blocks
+        model.output_and_mlp = at_nth_backward(model.output_and_mlp)
     elif MOMENT == "optimizer":  # with some weights updated and others not
-        torch._foreach_atan_ = at_nth(torch._foreach_atan_)
+        optim.adam_atan2 = at_nth(optim.adam_atan2)
     elif MOMENT in ("loss", "gradient"):
         model.HRM.forward = at_nth_spoiled
     elif MOMENT == "write":
         torch.save = half_save
     elif MOMENT == "fsync":
         os.fsync = at_nth(os.fsync)
-    elif MOMENT == "rename":
-        os.replace = at_nth(os.replace)
+    elif MOMENT == "rename":  # of a checkpoint
+        os.replace = at_nth(os.replace, lambda source, target: "ckpt" in str(target))
 if "CRASH_SLOW" in os.environ:  # a second per step, in the first start
-    step = model.AdamATan2.step
-    model.AdamATan2.step = lambda self: (time.sleep(not restarts), step(self))
+    step = optim.AdamATan2.step
+    optim.AdamATan2.step = lambda self: (time.sleep(not restarts), step(self))
 sys.argv = sys.argv[1:]
 runpy.run_path(SCRIPT, run_name="__main__")

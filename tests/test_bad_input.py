@@ -17,9 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripts import ROOT, TINY, run
 
-import data
+from checkpoint import load_checkpoint
+from common import errors_name_file
 from configurator import configure, settings_of
-from model import HRM, AdamATan2, blamed_on, load_checkpoint
+from data import Loader, prepare
+from model import HRM
+from optim import AdamATan2
+from tokenizer import FILES, check_file, choose_condition, fingerprint, load_encoding, read_meta
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def damage(path, change, seal=False):
     path.write_bytes(change(path.read_bytes()))
     if seal:
         meta = json.loads((path.parent / "meta.json").read_text())
-        meta["checksums"][path.name] = data.fingerprint(path)
+        meta["checksums"][path.name] = fingerprint(path)
         (path.parent / "meta.json").write_text(json.dumps(meta))
 
 
@@ -54,6 +58,11 @@ def line(content):
     return "data.py --source=x.jsonl --dataset=x --too_long=stop", make
 
 
+def damaged(name, change, seal=False):
+    """damage() of a file, for a case."""
+    return lambda place: damage(place / name, change, seal)
+
+
 def nobody_may_write(place):
     (place / "closed").mkdir(mode=0o555)
     if os.geteuid() == 0:  # whom no mode keeps out
@@ -69,10 +78,8 @@ def other_shape(place):
 def other_tokenizer(place):
     """A train.bin of the same number of ids, written with another tokenizer."""
     shutil.copytree(place / "data" / "problems", place / "data" / "mixed")
-    damage(
-        place / "data" / "mixed" / "train.bin",
-        lambda b: bytes((x + 1) % 200 if i % 2 == 0 else 0 for i, x in enumerate(b)),
-    )
+    bin = place / "data" / "mixed" / "train.bin"
+    damage(bin, lambda b: bytes((x + 1) % 200 if i % 2 == 0 else 0 for i, x in enumerate(b)))
 
 
 TRAIN = "train.py " + " ".join(TINY) + " --max_iters=1"
@@ -82,10 +89,7 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     "malformed JSON": (*line(b'{"instruction": "a", "resp'), "x.jsonl, line 3: not a JSON object"),
     "JSON that is no object": (*line(b'["a", "b"]'), "x.jsonl, line 3: not a JSON object"),
     "deep JSON": (*line(b"[" * 100000), "x.jsonl, line 3: not a JSON object"),
-    "wrong type": (
-        *line(b'{"instruction": 3, "response": "b"}'),
-        "line 3: no text in the field 'instruction'",
-    ),
+    "wrong type": (*line(b'{"instruction": 3, "response": "b"}'), "line 3: no text in the field 'instruction'"),
     "missing field": (*line(b'{"instruction": "a"}'), "x.jsonl, line 3: no text in the field 'response'"),
     "empty instruction": (*line(b'{"instruction": " ", "response": "b"}'), "x.jsonl, line 3: empty instruction"),
     "empty response": (*line(b'{"instruction": "a", "response": ""}'), "x.jsonl, line 3: empty response"),
@@ -110,18 +114,14 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     ),
     "ids beyond the vocabulary": (
         MIXED,
-        lambda place: damage(place / IN_BIN, lambda b: b"\xff\xff" * (len(b) // 2), seal=True),
+        damaged(IN_BIN, lambda b: b"\xff\xff" * (len(b) // 2), seal=True),
         "has the id 65535, beyond the vocabulary of 263",
     ),
-    "truncated bin": (MIXED, lambda place: damage(place / IN_BIN, lambda b: b[:-100]), "train.bin is damaged"),
-    "truncated bin, forged": (
-        MIXED,
-        lambda place: damage(place / IN_BIN, lambda b: b[:-100], seal=True),
-        "train.bin is damaged: it has",
-    ),
+    "truncated bin": (MIXED, damaged(IN_BIN, lambda b: b[:-100]), "train.bin is damaged"),
+    "truncated bin, forged": (MIXED, damaged(IN_BIN, lambda b: b[:-100], seal=True), "train.bin is damaged: it has"),
     "damaged index": (
         MIXED,
-        lambda place: damage(place / IN_IDX, lambda b: b[:8] + b"\xff\xff" + b[10:], seal=True),
+        damaged(IN_IDX, lambda b: b[:8] + b"\xff\xff" + b[10:], seal=True),
         "train.idx is damaged: document 0 cannot be from 0 to",
     ),
     "bin of another tokenizer": (
@@ -131,12 +131,8 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     ),
     "meta.json lies about the vocabulary": (MIXED, lambda place: edit(place / IN_META, vocab_size=300), "300"),
     "meta.json lies about the dtype": (MIXED, lambda place: edit(place / IN_META, dtype="uint32"), "dtype is uint32"),
-    "meta.json is not JSON": (MIXED, lambda place: damage(place / IN_META, lambda b: b[:99]), "meta.json is damaged"),
-    "meta.json lacks a key": (
-        MIXED,
-        lambda place: (place / IN_META).write_text("{}"),
-        "meta.json is damaged: it lacks",
-    ),
+    "meta.json is not JSON": (MIXED, damaged(IN_META, lambda b: b[:99]), "meta.json is damaged"),
+    "meta.json lacks a key": (MIXED, damaged(IN_META, lambda b: b"{}"), "meta.json is damaged: it lacks"),
     "unknown setting": (f"{TRAIN} --stesp=3", None, "there is no setting 'stesp'"),
     "typo in a config file": (
         "train.py c.py",
@@ -145,14 +141,13 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     ),
     "out_dir without rights": (f"{TRAIN} --out_dir=closed/out", nobody_may_write, "closed/out"),
     "unknown task": ("eval.py --tasks=gsm9k", None, "problems, gsm8k, not 'gsm9k'"),
-    "unknown final_eval": (f"{TRAIN} --out_dir=new --final_eval=gsm9k", None, "gsm9k"),
     "checkpoint of another architecture": (f"{TRAIN} --init_from=resume", other_shape, "holds another model"),
     "checkpoint whose weights are not its configuration's": (
         "sample.py",
         lambda place: lie(place / "out" / "ckpt.pt"),
         "ckpt.pt is damaged: ",
     ),
-    "damaged checkpoint": ("sample.py", lambda place: damage(place / "out" / "ckpt.pt", lambda b: b[:9000]), "damaged"),
+    "damaged checkpoint": ("sample.py", damaged("out/ckpt.pt", lambda b: b[:9000]), "damaged"),
     "out_dir that holds another run": (TRAIN, None, "out holds another run already"),
     "out_dir that holds a dataset": (f"{TRAIN} --out_dir=data/problems", None, "data/problems holds"),
     "dataset's name taken by something else": (
@@ -163,7 +158,6 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     "argument that is no value": (TRAIN + " --max_iters={[]:1}", None, "max_iters must be a whole number"),
     "argument beyond all numbers": (TRAIN + " --ema=1" + "0" * 400, None, "ema must be a number"),
     "model beyond all memory": (f"{TRAIN} --out_dir=new --n_embd=1099511627776", None, "cannot be made here"),
-    "device that is none": (f"{TRAIN} --device=cpu:x", None, "device cpu:x is not available"),
     "tokenizer without all bytes": (
         "data.py --dataset=x --tokenizer=x.tiktoken",
         lambda place: (place / "x.tiktoken").write_text("YQ== 0\nYg== 0\n"),
@@ -174,6 +168,32 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
         lambda place: (place / "p.txt").write_bytes(b"\xff\xfe"),
         "p.txt",
     ),
+}
+
+
+CASES |= {  # settings that cannot be
+    command: (command, None, sentence)
+    for command, sentence in (
+        (f"{TRAIN} --out_dir=new --dataset=nowhere", "there is no data/nowhere/meta.json"),
+        (f"{TRAIN} --out_dir=new --init_from=resume", "there is no checkpoint new/ckpt.pt"),
+        (f"{TRAIN} --out_dir=new --init_from=nowhere", "there is no directory nowhere"),
+        (f"{TRAIN} --out_dir=new --n_layer=3", "n_layer (3) must be even"),
+        (f"{TRAIN} --out_dir=new --bp_max=9", "bp_min and bp_max"),
+        (f"{TRAIN} --out_dir=new --block_size=8", "no document of the train split fits"),
+        (f"{TRAIN} --dtype=float16", "dtype must be"),
+        (f"{TRAIN} --device=gpu", "device gpu is not available"),
+        (f"{TRAIN} --device=cpu:x", "device cpu:x is not available"),
+        (f"{TRAIN} --attention=fast", "attention must be"),
+        (f"{TRAIN} --log_interval=0", "log_interval must be at least 1"),
+        (f"{TRAIN} --ema=1.5", "ema must be at least 0 and less than 1"),
+        (f"{TRAIN} --eval_iters=-1", "eval_iters must be at least 0"),
+        (f"{TRAIN} --out_dir=", "must be names"),
+        ("data.py --condition=drect", "unknown condition 'drect'"),
+        ("data.py --source=data", "named after the split 'train'"),
+        ("data.py --source=nowhere.jsonl", "there is no file nowhere.jsonl"),
+        ("sample.py --out_dir=nowhere", "there is no directory nowhere"),
+        ("eval.py --out_dir=nowhere", "there is no directory nowhere"),
+    )
 }
 
 
@@ -194,11 +214,11 @@ def outcomes(trained, tmp_path_factory):
     """{name: (process, files before, files after)} of all cases, run two at a time."""
 
     def outcome(name):
-        start, prepare, _ = CASES[name]
+        start, spoil, _ = CASES[name]
         place = tmp_path_factory.mktemp("case") / "place"
         shutil.copytree(trained, place)
-        if prepare:
-            prepare(place)
+        if spoil:
+            spoil(place)
         before = tree(place)
         done = run(place, *start.split(), ok=None)
         return done, before, tree(place)
@@ -276,29 +296,29 @@ def test_fuzz_jsonl(tmp_path_factory, lines, skip_bad, too_long):
     place = tmp_path_factory.mktemp("jsonl")
     (place / "x.jsonl").write_bytes(b"\n".join(lines))
     options = dict(source=str(place / "x.jsonl"), skip_bad=skip_bad, too_long=too_long, block_size=16, val_fraction=0.0)
-    meta = works_or_says(lambda: data.prepare(place / "d", threads=1, **options))
+    meta = works_or_says(lambda: prepare(place / "d", threads=1, **options))
     assert {path.name for path in place.iterdir()} == {"x.jsonl"} | ({"d"} if meta else set())
     if meta:
-        n = sum(len(batch.documents) for batch in data.Loader(place / "d", "train", 2, 16, epochs=1))
+        n = sum(len(batch.documents) for batch in Loader(place / "d", "train", 2, 16, epochs=1))
         assert n == meta["splits"]["train"]["documents"]
     shutil.rmtree(place)
 
 
 def read_all(directory):
-    meta = data.read_meta(directory)
-    for name in data.FILES:
-        data.check_file(directory, name, meta)
-    data.load_encoding(directory).decode([1, 2])
-    data.usual_condition(directory)
+    meta = read_meta(directory)
+    for name in FILES:
+        check_file(directory, name, meta)
+    load_encoding(directory).decode([1, 2])
+    choose_condition("", directory)
     for split in "train", "val":
         if meta["splits"][split]["documents"]:
-            list(data.Loader(directory, split, 2, 256, epochs=1))
+            list(Loader(directory, split, 2, 256, epochs=1))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     directory = tmp_path_factory.mktemp("small") / "d"
-    data.prepare(directory, n_problems=20, n_val_problems=5)
+    prepare(directory, n_problems=20, n_val_problems=5)
     read_all(directory)
     return directory
 
@@ -308,9 +328,8 @@ def test_fuzz_meta_json(small, tmp_path_factory, data):
     place = tmp_path_factory.mktemp("meta") / "d"
     shutil.copytree(small, place)
     if data.draw(st.booleans()):
-        damage(
-            place / "meta.json", lambda content: spoiled(content, data.draw(st.lists(edits, min_size=1, max_size=3)))
-        )
+        changes = data.draw(st.lists(edits, min_size=1, max_size=3))
+        damage(place / "meta.json", lambda content: spoiled(content, changes))
     else:
         meta = json.loads((place / "meta.json").read_text())
         path = data.draw(st.sampled_from(paths_in(meta)))
@@ -319,7 +338,7 @@ def test_fuzz_meta_json(small, tmp_path_factory, data):
     shutil.rmtree(place)
 
 
-@given(st.sampled_from(data.FILES), st.lists(edits, min_size=1, max_size=3), st.booleans())
+@given(st.sampled_from(FILES), st.lists(edits, min_size=1, max_size=3), st.booleans())
 def test_fuzz_bins(small, tmp_path_factory, name, changes, seal):
     place = tmp_path_factory.mktemp("bins") / "d"
     shutil.copytree(small, place)
@@ -332,10 +351,10 @@ def resume(place):
     """What train.py does with a checkpoint."""
     ckpt = load_checkpoint(place)
     model = HRM.from_pretrained(place)
-    with blamed_on(place / "ckpt.pt"):
+    with errors_name_file(place / "ckpt.pt"):
         model.load_state_dict(ckpt["model"])
         AdamATan2(model.parameters(), lr=1e-3, ema=0.9).load_state_dict(ckpt["optimizer"])
-    data.Loader(place.parent / "data" / "problems", "train", 4, 256, 1337, state=ckpt["loader"])
+    Loader(place.parent / "data" / "problems", "train", 4, 256, 1337, state=ckpt["loader"])
     return ckpt
 
 

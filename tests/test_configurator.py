@@ -39,15 +39,8 @@ def run(tmp_path):
 
 
 def test_values_of_every_type(run):
-    argv = [
-        "--rate=3e-4",
-        "--steps=7",
-        "--name=a=b c",
-        "--flag=True",
-        "--sizes=(3, 4)",
-        "--options={'a': 1}",
-        "--anything=None",
-    ]
+    argv = ["--rate=3e-4", "--steps=7", "--name=a=b c", "--flag=True", "--sizes=(3, 4)"]
+    argv += ["--options={'a': 1}", "--anything=None"]
     want = dict(rate=3e-4, steps=7, name="a=b c", flag=True, sizes=(3, 4), options={"a": 1}, anything=None)
     assert run(*argv) == want
     assert run("--rate=2", "--name=5", "--anything=cpu")["rate"] == 2.0

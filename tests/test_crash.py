@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from scripts import ENV, ROOT, TINY, command, run, torchrun
-from test_train import checkpoint, read_log
+from test_train import averages, checkpoint, read_log
 
-import data
+from data import Loader
 
 RUN = [*TINY, "--max_iters=24", "--log_interval=1", "--eval_interval=8", "--checkpoint_interval=3", "--bp_warmup=0.0"]
 
@@ -63,15 +63,15 @@ def crash(cwd, moment, *args, ok=False, **options):
 
 
 MOMENTS = [
-    "rename 1",  # the claim of out_dir
-    "backward 20",  # before there is a checkpoint
+    "fsync 1",  # the claim of out_dir
+    "backward 4",  # before there is a checkpoint
     "write 1",
     "write 2",
     "fsync 9",
-    "rename 5",  # between the renames: there is no ckpt.pt
-    "optimizer 3",
-    "backward 100",
-    "rename 4",
+    "rename 2",  # of a second checkpoint: there is no ckpt.pt
+    "optimizer 23",
+    "backward 50",
+    "rename 1",
 ]
 
 
@@ -86,8 +86,9 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(workplace):
         if (workplace / "out" / "log.jsonl").exists():
             with open(workplace / "out" / "log.jsonl", "a") as log:
                 log.write('{"iter": 99, "lo')  # as a line that a power cut ended
-    run(workplace, "train.py", *args, *resume)
-    assert_same_run(workplace / "out", workplace / "whole")
+    for _ in range(2):  # the second time, it is complete but for the last validation, as after a kill there
+        run(workplace, "train.py", *args, *resume)
+        assert_same_run(workplace / "out", workplace / "whole")
     assert "ckpt.pt.part" in found[2] and "ckpt.pt" not in found[2]  # the kills came when they were meant to
     assert "ckpt.pt" not in found[5] and any(name.startswith("ckpt-") for name in found[5])
 
@@ -128,7 +129,7 @@ import json
 class Error(Exception): pass
 def put(**entry):
     with open("wandb.jsonl", "a") as file: file.write(json.dumps(entry) + "\\n")
-def init(project, name, id, resume, config): put(id=id, resume=resume)
+def init(project, id, resume, config): put(id=id, resume=resume)
 def log(entry, step): put(step=step, loss=entry.get("loss"))
 def finish(): pass
 """
@@ -181,9 +182,7 @@ def test_a_full_disk_does_not_stop_training(workplace, whole):
     (workplace / "out" / "ckpt.pt.part").symlink_to("/dev/full")  # which is removed with the first failure
     said = run(workplace, "train.py", *RUN).stdout
     assert said.count("could not be written") == 1
-    assert "step 3: the checkpoint could not be written (No space left on device" in " ".join(
-        said.replace("[Errno 28] ", "").split()
-    )
+    assert "step 3: the checkpoint could not be written (" in said and "No space left on device" in said
     assert_same_run(workplace / "out", whole)
 
 
@@ -200,16 +199,16 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(workplace, whole, wh
     done = crash(workplace, f"{what} 5", *RUN, ranks=ranks, CRASH_RANK=str(ranks - 1))
     sentence = next(line for line in done.stderr.splitlines() if line.startswith("train.py: "))
     told = "the loss is nan" if what == "loss" else "a gradient is not finite"
-    loader = data.Loader(workplace / "data" / "problems", "train", 4, 256, 1337)
+    loader = Loader(workplace / "data" / "problems", "train", 4, 256, 1337)
     documents = [next(loader).documents for _ in range(5)][4]
     for part in (
         f"step 5: {told}; its {len(documents)} documents of data/problems/train.bin ({documents[0]}, {documents[1]}, ",
         f"{read_log(whole)[4]:.4f} at 4",
-        "checkpoint to return to: out/ckpt.pt (step 3)",
+        "out/ckpt.pt (step 3)",
     ):
         assert part in sentence
     assert done.returncode == 1 and (ranks > 1 or "Traceback" not in done.stderr)
-    assert json.loads((workplace / "out" / "nonfinite.jsonl").read_text())["documents"] == documents
+    assert read_log(workplace / "out", "documents") == {5: documents}
     run(workplace, "train.py", *RUN, "--init_from=resume")
     if ranks == 1:
         assert_same_run(workplace / "out", whole)
@@ -220,15 +219,12 @@ def test_such_a_step_is_skipped_on_request(workplace, what):
     args = [*RUN, "--max_iters=8", "--checkpoint_interval=1", "--keep_checkpoints=9"]
     done = crash(workplace, f"{what} 5", *args, "--skip_nonfinite=1", ok=True)
     assert "skipped, 1 of at most 1" in done.stdout
-    before, after = (torch.load(workplace / "out" / f"ckpt-0000000{i}.pt", weights_only=True) for i in (4, 5))
-    for key in "model", "ema":
-        assert_equal(before[key], after[key], key)
+    names = "ckpt-00000004.pt", "ckpt-00000005.pt", "ckpt.pt"
+    before, after, end = (checkpoint(workplace / "out", name) for name in names)
+    assert_equal(before["model"], after["model"], "model")
     assert_equal(before["optimizer"]["state"], after["optimizer"]["state"], "optimizer")
     assert (before["skipped"], after["skipped"]) == (0, 1) and before["loader"] != after["loader"]
-    weights = [
-        torch.load(workplace / "out" / name, weights_only=True)["model"] for name in ("ckpt-00000005.pt", "ckpt.pt")
-    ]
-    assert not torch.equal(*(w["lm_head"] for w in weights))
+    assert not torch.equal(after["model"]["lm_head"], end["model"]["lm_head"])
     assert read_log(workplace / "out")[5] == pytest.approx(None) or what == "gradient"
 
 
@@ -239,19 +235,20 @@ def test_such_a_step_is_skipped_on_request(workplace, what):
 def test_one_rank_dies_all_end_and_torchrun_starts_them_again(workplace):
     """The run is that of two ranks left alone; without restarts, it ends at once and says why."""
     run(workplace, "train.py", *RUN, "--out_dir=whole", ranks=2)
-    done = crash(workplace, "optimizer 11", *RUN, ranks=2, restarts=1, CRASH_RANK="1", ok=True)
+    done = crash(workplace, "optimizer 105", *RUN, ranks=2, restarts=1, CRASH_RANK="1", ok=True)
     assert "resuming out at step 9" in done.stdout and "has lost another rank" in done.stderr
     assert_same_run(workplace / "out", workplace / "whole")
     clock = time.time()
-    done = crash(workplace, "optimizer 11", *RUN, "--out_dir=ends", ranks=2, CRASH_RANK="1")
+    done = crash(workplace, "optimizer 105", *RUN, "--out_dir=ends", ranks=2, CRASH_RANK="1")
     assert done.returncode == 1 and time.time() - clock < 60
     assert "has lost another rank" in done.stderr and "Signal 9 (SIGKILL)" in done.stderr
     done = run(workplace, "train.py", *RUN, "--out_dir=ends", ranks=2, ok=False)  # not by itself: it was started anew
     assert "ends holds another run already" in done.stderr
     run(workplace, "train.py", *RUN, "--out_dir=ends", "--init_from=resume", ranks=1)
     assert read_log(workplace / "ends") == pytest.approx(read_log(workplace / "whole"), rel=1e-5)
-    for key, w in checkpoint(workplace / "whole")["ema"].items():
-        assert (checkpoint(workplace / "ends")["ema"][key] - w).abs().max() < 1e-4 * w.abs().max(), key
+    ends = averages(workplace / "ends")
+    for key, w in averages(workplace / "whole").items():
+        assert (ends[key] - w).abs().max() < 1e-4 * w.abs().max(), key
 
 
 def nodes(places, *args, **env):
@@ -268,13 +265,11 @@ def nodes(places, *args, **env):
     return [(agent.returncode, output) for agent, output in zip(agents, outputs)]
 
 
-def test_two_nodes_start_again_after_a_death_and_only_the_first_needs_the_checkpoint(
-    workplace, whole, tmp_path_factory
-):
+def test_two_nodes_start_again_and_only_the_first_needs_the_checkpoint(workplace, whole, tmp_path_factory):
     """With slow steps, so that the node of the rank that lives hears of it from torchrun and not from its own rank."""
     other = tmp_path_factory.mktemp("node")
     (other / "data").symlink_to(workplace / "data")
-    results = nodes((workplace, other), *RUN, CRASH="optimizer 7", CRASH_RANK="1", CRASH_SLOW="1")
+    results = nodes((workplace, other), *RUN, CRASH="optimizer 65", CRASH_RANK="1", CRASH_SLOW="1")
     for rc, output in results:
         assert rc == 0, output
     assert "resuming out at step" in results[0][1] + results[1][1]
@@ -315,7 +310,6 @@ def test_random_kills(workplace, request, ranks):
             start = command("train.py", *args, *times, f"--out_dir={out}", *resume, ranks=ranks)
             quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True)
             process = subprocess.Popen(start, cwd=workplace, env=ENV, **quiet)
-            resume = ["--init_from=resume"] if (workplace / out / "run.json").exists() or resume else []
             try:
                 _, said = process.communicate(timeout=rng.uniform(1, 8) + 4 * (ranks - 1))
             except subprocess.TimeoutExpired:

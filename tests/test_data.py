@@ -1,75 +1,38 @@
-"""From pairs to rows: tokenizers, the document format, sources, what is refused, and the packing plan."""
+"""From pairs to rows: sources, documents, what is refused, and the packing plan."""
 
-import ast
-import inspect
 import json
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT
 
 import data
-from configurator import settings_of
-from data import IGNORE, Loader, encode_prompt, make_encoding, prepare
+from data import Loader, prefetch, prepare
+from model import IGNORE
+from sources import word_problems
+from tokenizer import encode_prompt, load_encoding, make_encoding, read_meta
 
 ROWS = [{"instruction": f"What is {i} plus {i}?", "response": f"{2 * i} é"} for i in range(300)]
-TEXTS = [
-    "",
-    "plain",
-    "naïve café — 数学 🙂",
-    "a\tb\r\n  c   ",
-    "def f(x):\n    return x ** 2\n",
-    "<|im_end|> <|box_end|>",
-    "\x00\x7f",
-]
 
 
 def write_jsonl(path, rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
 
 def texts_of(directory, split):
     """The documents of a split, decoded."""
-    encoding, meta = data.load_encoding(directory), data.read_meta(directory)
+    encoding, meta = load_encoding(directory), read_meta(directory)
     tokens = np.fromfile(directory / f"{split}.bin", dtype=meta["dtype"])
     ends = data.read_index(directory, split)[:, 0]
     return [encoding.decode(d.tolist()) for d in np.split(tokens, ends)[:-1]]
 
 
 # ----------------------------------------------------------------------------------------------------
-# tokenizers and the document format
-
-
-def test_byte_tokenizer_round_trips_every_text():
-    encoding = make_encoding("bytes")
-    assert encoding.n_vocab == 256 + len(data.SPECIAL)
-    for text in TEXTS:
-        assert encoding.encode_ordinary(text) == list(text.encode())
-
-
-def test_trained_tokenizer_round_trips_and_has_the_size_asked_for(tmp_path):
-    pytest.importorskip("rustbpe")
-    encoding = make_encoding("train:300", texts=[row["instruction"] for row in data.word_problems("train", 300, 0)])
-    assert encoding.n_vocab == 300
-    for text in TEXTS:
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
-    prepare(tmp_path / "d", n_problems=300, n_val_problems=1, seed=0, tokenizer="train:300")
-    again, from_file = data.load_encoding(tmp_path / "d"), make_encoding(str(tmp_path / "d" / "tokenizer.tiktoken"))
-    for text in TEXTS + [row["instruction"] for row in ROWS]:
-        assert again.encode_ordinary(text) == from_file.encode_ordinary(text)
-        assert again.decode(again.encode_ordinary(text)) == text
-    assert again._special_tokens == encoding._special_tokens == from_file._special_tokens
-
-
-@pytest.mark.parametrize("wrong", ["train:12", "train:x", "no_such_encoding"])
-def test_unknown_tokenizers_are_refused(wrong):
-    with pytest.raises(ValueError, match="tokenizer="):
-        make_encoding(wrong)
+# documents and sources
 
 
 def test_document_format(tmp_path):
@@ -91,14 +54,10 @@ def test_document_format(tmp_path):
     assert (batch.n_targets, batch.n_tokens) == (n - p, n - 1)
 
 
-# ----------------------------------------------------------------------------------------------------
-# sources
-
-
 def test_word_problems_are_right_and_validation_numbers_are_new():
     seen = {"train": set(), "val": set()}
     for split, combinations in seen.items():
-        for row in data.word_problems(split, 3000, seed=0):
+        for row in word_problems(split, 3000, seed=0):
             *working, last = row["response"].split("\n")
             numbers = {c for c in "".join(ch if ch.isdigit() else " " for ch in row["instruction"]).split()}
             for step in working:
@@ -109,8 +68,8 @@ def test_word_problems_are_right_and_validation_numbers_are_new():
             combinations.add((operations, tuple(sorted(numbers)), tuple(working)))
     assert not seen["train"] & seen["val"] and len(seen["val"]) > 300
     assert len({c[0] for c in seen["val"]}) == len({c[0] for c in seen["train"]}) > 8
-    again = list(data.word_problems("val", 20, seed=0))
-    assert again == list(data.word_problems("val", 20, seed=0)) != list(data.word_problems("val", 20, seed=1))
+    again = list(word_problems("val", 20, seed=0))
+    assert again == list(word_problems("val", 20, seed=0)) != list(word_problems("val", 20, seed=1))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory"])
@@ -131,14 +90,8 @@ def test_local_sources(tmp_path, kind):
         source = str(tmp_path)
         write_jsonl(tmp_path / "train.jsonl", rows[:200])
         write_jsonl(tmp_path / "test.jsonl", rows[200:])
-    val_split = "test" if kind == "directory" else ""
-    meta = prepare(
-        tmp_path / "d",
-        source=source,
-        fields={"instruction": "q", "response": "a"},
-        val_split=val_split,
-        val_fraction=0.2,
-    )
+    fields, val_split = {"instruction": "q", "response": "a"}, "test" if kind == "directory" else ""
+    meta = prepare(tmp_path / "d", source=source, fields=fields, val_split=val_split, val_fraction=0.2)
     train, val = texts_of(tmp_path / "d", "train"), texts_of(tmp_path / "d", "val")
     want = [f"<|im_start|>{r['q']}<|im_end|>{r['a']}<|box_end|>" for r in rows]
     assert sorted(train + val) == sorted(want) and val
@@ -168,14 +121,6 @@ BAD = [
     ('{"instruction": "a", "response": ""}', "empty response"),
     ('{"instruction": "a", "response": "b", "condition": "cto"}', "unknown condition 'cto'"),
 ]
-
-
-@pytest.mark.parametrize("line, why", BAD)
-def test_a_bad_row_is_named_by_file_and_line_and_leaves_nothing(tmp_path, line, why):
-    source = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], line, ROWS[1]])
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: " + why):
-        prepare(tmp_path / "d", source=source)
-    assert not (tmp_path / "d").exists()
 
 
 def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
@@ -216,18 +161,12 @@ def test_a_dataset_is_replaced_whole_and_other_directories_are_left_alone(tmp_pa
         prepare(tmp_path / "mine", source=good)
 
 
-def test_the_script_and_prepare_have_the_same_defaults():
-    script = {
-        name: ast.literal_eval(ast.parse(line).body[0].value) for name, line in settings_of(ROOT / "data.py").items()
-    }
-    function = {name: p.default for name, p in inspect.signature(prepare).parameters.items()}
-    function["fields"] = {name: name for name in ("instruction", "response", "condition")}
-    assert {**script, "directory": function["directory"]} == {**function, "dataset": "problems"}
+def test_an_unknown_setting_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="no setting sauce"):
+        prepare(tmp_path / "d", sauce="problems")
 
 
 def test_a_source_that_is_not_there(tmp_path):
-    with pytest.raises(OSError, match="no file .*nowhere.jsonl"):
-        prepare(tmp_path / "d", source=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(ValueError, match="cannot load the dataset"):
         prepare(tmp_path / "d", source="nobody/nothing")
 
@@ -259,7 +198,7 @@ def documents_in(batch, encoding):
 
 @pytest.mark.parametrize("rows, T", [(1, 2048), (4, 2048), (2, 1500)])
 def test_an_epoch_has_every_document_once(varied, rows, T):
-    encoding = data.load_encoding(varied)
+    encoding = load_encoding(varied)
     seen = Counter()
     for batch in Loader(varied, "train", rows, T, seed=3, epochs=1):
         seen.update(documents_in(batch, encoding))
@@ -271,11 +210,10 @@ def test_an_epoch_has_every_document_once(varied, rows, T):
 
 
 def test_rows_are_full(varied):
-    batches = [next(loader) for loader in [Loader(varied, "train", 4, 4096)] for _ in range(60)]
+    batches = [*islice(Loader(varied, "train", 4, 4096), 60)]
     assert sum(b.n_tokens for b in batches) >= 0.995 * 60 * 4 * 4096
-    assert all(
-        b.n_tokens == int((b.doc >= 0).sum()) and b.n_targets == int((b.targets != IGNORE).sum()) for b in batches
-    )
+    for b in batches:
+        assert b.n_tokens == int((b.doc >= 0).sum()) and b.n_targets == int((b.targets != IGNORE).sum())
 
 
 def test_ranks_share_one_plan(varied):
@@ -303,27 +241,22 @@ def test_state_resumes_without_replay(varied):
     assert loader.state == resumed.state and loader.state["epoch"] >= 2
 
 
-def test_batches_made_ahead_are_the_same_and_state_is_that_of_the_last_taken(varied):
-    loader, ahead = (Loader(varied, "train", 4, 2048, seed=1) for _ in range(2))
-    ahead = data.Prefetch(ahead)
-    assert ahead.state == loader.state
+def test_batches_made_ahead_are_the_same_and_hold_the_state_after_them(varied):
+    loader, ahead = Loader(varied, "train", 4, 2048, seed=1), prefetch(Loader(varied, "train", 4, 2048, seed=1))
     for _ in range(20):
         want, got = next(loader), next(ahead)
         assert all(torch.equal(a, b) for a, b in zip(want[:4], got[:4])) and want[4:] == got[4:]
-        assert ahead.state == loader.state
-    assert len(list(data.Prefetch(Loader(varied, "train", 64, 2048, epochs=1)))) > 0  # it ends
+        assert got.state == loader.state
+    assert len(list(prefetch(Loader(varied, "train", 64, 2048, epochs=1)))) > 0  # it ends
 
 
 def test_an_error_ahead_comes_in_its_turn():
-    class Broken:
-        state = {}
+    def broken():
+        yield "a batch"
+        raise ValueError("document 7")
 
-        def __iter__(self):
-            yield data.Batch(*torch.zeros(4, 1, 1), 1, 1, [0])
-            raise ValueError("document 7")
-
-    ahead = data.Prefetch(Broken())
-    next(ahead)
+    ahead = prefetch(broken())
+    assert next(ahead) == "a batch"
     with pytest.raises(ValueError, match="document 7"):
         next(ahead)
 
@@ -339,11 +272,7 @@ def test_seeds_and_epochs_differ(varied):
 def test_documents_longer_than_a_row_are_left_out_and_counted(varied):
     loader = Loader(varied, "train", 2, 256)
     assert loader.left_out == int((loader.lengths > 256).sum()) > 0
-    seen = [
-        n
-        for batch in Loader(varied, "train", 2, 256, epochs=1)
-        for n in documents_in(batch, data.load_encoding(varied))
-    ]
-    assert len(seen) == 2000 - loader.left_out
+    epoch, encoding = Loader(varied, "train", 2, 256, epochs=1), load_encoding(varied)
+    assert sum(len(documents_in(batch, encoding)) for batch in epoch) == 2000 - loader.left_out
     with pytest.raises(ValueError, match="no document"):
         Loader(varied, "train", 2, 8)

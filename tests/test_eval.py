@@ -1,18 +1,8 @@
-"""Reading answers out of texts. eval.py is a script, so its functions are taken from its source."""
-
-import ast
+"""Reading answers out of texts."""
 
 import pytest
-from scripts import ROOT
 
-
-@pytest.fixture(scope="module")
-def functions():
-    tree = ast.parse((ROOT / "eval.py").read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if getattr(node, "name", "") in ("extract", "to_number")]
-    scope = {}
-    exec(compile(tree, "eval.py", "exec"), scope)
-    return lambda text: scope["to_number"](scope["extract"](text))
+from tasks import extract, same_number, to_number
 
 
 @pytest.mark.parametrize(
@@ -36,5 +26,7 @@ def functions():
         ("2+2=4", None),
     ],
 )
-def test_answers(functions, text, number):
-    assert functions(text) == number
+def test_answers(text, number):
+    assert to_number(extract(text)) == number
+    assert same_number(text, f"So it is\n#### {number}") == ("invalid" if number is None else "right")
+    assert same_number(text, "#### 5") == ("invalid" if number is None else "wrong")

@@ -1,0 +1,48 @@
+"""The rooms of the program: which may look into which, and that to enter one does nothing."""
+
+import ast
+import subprocess
+import sys
+
+from scripts import ENV, ROOT
+
+ROOMS = "configurator common attention model optim tokenizer generate hf ranks checkpoint sources data tasks".split()
+ROOMS += "train sample eval bench".split()
+UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
+EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb".split()
+
+
+def project_imports(nodes):
+    """The rooms that import statements among these nodes name."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & {*ROOMS}
+
+
+def test_imports_go_downwards():
+    assert {path.stem for path in ROOT.glob("*.py")} == {*ROOMS}
+    for i, room in enumerate(ROOMS):
+        text = (ROOT / f"{room}.py").read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        assert project_imports(tree.body) <= {*ROOMS[:i]}, room
+        assert project_imports(ast.walk(tree)) <= {*ROOMS[:i]} | UPWARDS.get(room, set()), room
+
+
+def test_importing_does_nothing():
+    """It reads no argument, starts no device, and needs no library that only some uses need."""
+    code = f"""
+import sys
+sys.argv = ["x", "--nonsense=1"]
+import {", ".join(ROOMS)}
+import torch
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+print(*sys.modules)
+"""
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {*EXTRAS}.isdisjoint(done.stdout.split())
