@@ -57,7 +57,7 @@ def padded_batches(first, last, n_head, device, dtype):
 
 def dense_attention(q, k, v, bias):
     """q, k, v, result: (D, n_head, L, head_dim); bias (D, 1, L, L)."""
-    if q.is_cpu and q.size(2) <= 1024:  # in bf16 three times as fast as SDPA there
+    if q.is_cpu and q.size(2) <= 1024:  # with SDPA, a step in bf16 took 1.25 times as long
         return (q @ k.mT).add_(bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 

@@ -38,9 +38,9 @@ class AdamATan2(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 t = state["step"] = state["step"] + 1
-                if t not in scalars:  # tensors, since another number would have to be compiled again
+                if t not in scalars:  # as tensors: a new number would be compiled anew; full() does not wait
                     numbers = group["lr"], 1 - beta1**t, 1 - beta2**t
-                    scalars[t] = [torch.tensor(x, device=p.device) for x in numbers]
+                    scalars[t] = [torch.full((), x, device=p.device) for x in numbers]
                 tensors = p.detach(), p.grad, state["m"], state["v"], state.get("ema")
                 flat = (x if x is None else x.view(-1) for x in tensors)  # so that all shapes share one compilation
                 self.update(*flat, *scalars[t], beta1, beta2, group["weight_decay"], group["ema"])
