@@ -1,17 +1,66 @@
 """Benchmarks: where the questions come from, and when an answer is right.
 
 A task is an entry of TASKS. For one of your own, write a function that returns (question, reference) pairs, such as
-def capitals(**_), and choose or write a scorer: score(generation, reference) -> "right", "wrong" or "invalid".
+def capitals(**_): return [("The capital of France?", "Paris")], and add a line below. A scorer of your own is
+score(generation, reference) -> "right", "wrong" or "invalid"; an empty generation is "invalid".
 """
 
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from common import errors_name_file, read_json
+from data import read_index
 from sources import read_rows, to_pair, word_problems
+from tokenizer import check_file, load_encoding, read_meta, special_id
+
+N_HELDOUT = 1000  # documents, unless --limit says otherwise
 
 
-def problems(prepare_args, **_):
-    """The validation split of the embedded word problems: that of the model's own dataset, if trained on them."""
-    own = prepare_args.get("source") == "problems"
-    n, seed = (prepare_args["n_val_problems"], prepare_args["seed"]) if own else (1000, 1337)
-    return [(row["instruction"], row["response"]) for row in word_problems("val", n, seed)]
+# ---- questions ----
+def heldout(source, limit, **_):
+    """Validation documents of the dataset that the run `source` was trained on. A question is the ids of the whole
+    prompt, with the condition of its own document."""
+    advice = f"or choose with --tasks from {', '.join(name for name in TASKS if name != 'heldout')}"
+    if not (source / "run.json").exists():
+        raise ValueError(f"{source} has no run.json, which names the dataset that held-out rows come from; {advice}")
+    with errors_name_file(source / "run.json"):
+        directory = Path("data", read_json(source / "run.json")["settings"]["dataset"])
+    meta, encoding = read_meta(source), load_encoding(source)
+    eoa = special_id(encoding, "eoa")
+    if not (directory / "meta.json").exists() or read_meta(directory)["checksums"] != meta["checksums"]:
+        raise ValueError(f"{directory}, on which {source} was trained, is gone or holds other data now; {advice}")
+    for name in "val.bin", "val.idx":
+        check_file(directory, name, meta)
+    ids, ends, prefixes = open_split(directory, "val")
+    with errors_name_file(directory / "val.bin"):
+        whole = np.flatnonzero(ids[ends - 1] == eoa)  # the others were cut off by data.py
+        n = min(limit or N_HELDOUT, len(whole))
+        pairs = []
+        for d in whole[np.arange(n) * len(whole) // max(n, 1)]:  # spread evenly
+            document = ids[ends[d - 1] if d else 0 : ends[d]].tolist()
+            encoding.decode(document)  # raises where the tokenizer lacks an id
+            pairs.append((document[: prefixes[d]], encoding.decode(document[prefixes[d] : -1])))
+    cut = f" ({len(ends) - len(whole):,} that data.py cut off are left out)" if len(whole) < len(ends) else ""
+    if not pairs:
+        sizes = "a larger --val_fraction" + " or --block_size" * bool(cut)
+        raise ValueError(f"{directory} has no validation documents{cut}: prepare it with {sizes}, {advice}")
+    print(f"heldout: {n:,} of {len(whole):,} validation documents of {directory}, each with its own condition{cut}")
+    return pairs
+
+
+def open_split(directory, split):
+    """(ids, ends, prefixes) of a split: document d is ids[ends[d - 1] : ends[d]], and prefixes[d] of it are prefix."""
+    dtype, (ends, prefixes) = read_meta(directory)["dtype"], read_index(directory, split).T
+    ids = np.memmap(directory / f"{split}.bin", dtype, "r") if len(ends) else np.zeros(0, dtype)
+    return np.asarray(ids), ends, prefixes
+
+
+def problems(**_):
+    """Word problems with combinations of numbers that no training problem has: the demo's validation split."""
+    return [(row["instruction"], row["response"]) for row in word_problems("val", 1000, 1337)]
 
 
 def gsm8k(gsm8k_source, **_):
@@ -25,6 +74,7 @@ def gsm8k(gsm8k_source, **_):
     return pairs
 
 
+# ---- scorers ----
 def extract(text):
     """The answer in a text: what the last \\boxed{} holds, or what follows the last ####, or all of it."""
     start = text.rfind("\\boxed{")
@@ -37,21 +87,41 @@ def extract(text):
     return text.rpartition("####")[2]
 
 
-def to_number(text):
-    """The whole number that a text writes, commas and $ aside, or None."""
+# 18, -2,000, $2.50, .5; not a part of a word or of another number, as in x2, 1e3 and 2.5.1
+NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?![\w.]*\d)", re.ASCII)
+
+
+def numbers_in(text):
+    return [Decimal(re.sub("[$,]", "", number)) for number in NUMBER.findall(text)]
+
+
+def same_answer(generation, reference):
+    """The scorer of most tasks. Answers are compared as numbers where the reference's is one: that of a generation is
+    the only number in it, as in "24 apples", and is invalid with none or several. Other answers are compared as text,
+    but for white space; invalid is then an empty one."""
+    answer, truth = (" ".join(extract(text).replace("\u2212", "-").split()) for text in (generation, reference))
+    if NUMBER.fullmatch(truth):
+        found, [truth] = numbers_in(answer), numbers_in(truth)
+        answer = found[0] if len(found) == 1 else None
+    return "invalid" if answer in ("", None) else "right" if answer == truth else "wrong"
+
+
+def same_whole_number(generation, reference):
+    """GSM8K's scorer, as in the paper: int(float()) of the answers, commas and $ aside, so that 2.9 counts as 2."""
+    answer, truth = to_whole_number(extract(generation)), to_whole_number(extract(reference))
+    return "invalid" if answer is None else "right" if answer == truth else "wrong"
+
+
+def to_whole_number(text):
+    """The number that a text writes, without its decimals, or None."""
     try:
         return int(float(text.replace(",", "").replace("$", "")))
     except (ValueError, OverflowError):
         return None
 
 
-def same_number(generation, reference):
-    """The scorer of answers that are a whole number."""
-    answer, truth = to_number(extract(generation)), to_number(extract(reference))
-    return "invalid" if answer is None else "right" if answer == truth else "wrong"
-
-
-TASKS = {  # name: (the questions, the most new tokens that an answer may take, the scorer)
-    "problems": (problems, 64, same_number),
-    "gsm8k": (gsm8k, 1024, same_number),
+TASKS = {  # name: (the questions, the most new tokens of an answer or 0: twice the longest reference's, the scorer)
+    "heldout": (heldout, 0, same_answer),
+    "problems": (problems, 64, same_answer),
+    "gsm8k": (gsm8k, 1024, same_whole_number),
 }

@@ -83,10 +83,10 @@ def test_cpus_that_multiply_bf16_train_in_it_by_default(workplace):
 def test_sample_and_eval_use_the_checkpoint(workplace):
     run(workplace, "train.py", *TINY, "--max_iters=10")
     run(workplace, "eval.py", "--max_new_tokens=8")
-    result = json.loads((workplace / "out" / "eval.json").read_text())["tasks"]["problems"]
+    result = json.loads((workplace / "out" / "eval.json").read_text())["tasks"]["heldout"]
     assert result["count"] == 20 and 0 <= result["accuracy"] + result["invalid"] <= 1
-    shutil.rmtree(workplace / "data")  # out/ is enough
-    run(workplace, "eval.py", "--save_generations=True", "--limit=7", "--max_new_tokens=8")
+    shutil.rmtree(workplace / "data")  # out/ is enough for the others
+    run(workplace, "eval.py", "--tasks=problems", "--save_generations=True", "--limit=7", "--max_new_tokens=8")
     rows = [json.loads(line) for line in (workplace / "out" / "generations-problems.jsonl").read_text().splitlines()]
     assert len(rows) == 7 and all(r["verdict"] in ("right", "wrong", "invalid") for r in rows)
     questions = [{"question": "What is 3 + 4?", "answer": "3+4=<<3+4=7>>7\n#### 7"}] * 3
