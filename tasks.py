@@ -23,15 +23,15 @@ N_HELDOUT = 1000  # documents, unless --limit says otherwise
 def heldout(source, limit, **_):
     """Validation documents of the dataset that the run `source` was trained on. A question is the ids of the whole
     prompt, with the condition of its own document."""
-    advice = f"or choose with --tasks from {', '.join(name for name in TASKS if name != 'heldout')}"
+    advice = f"choose with --tasks from {', '.join(name for name in TASKS if name != 'heldout')}"
     if not (source / "run.json").exists():
-        raise ValueError(f"{source} has no run.json, which names the dataset that held-out rows come from; {advice}")
+        raise ValueError(f"{source} has no run.json, which names the dataset of held-out rows: {advice}")
     with errors_name_file(source / "run.json"):
         directory = Path("data", read_json(source / "run.json")["settings"]["dataset"])
     meta, encoding = read_meta(source), load_encoding(source)
     eoa = special_id(encoding, "eoa")
     if not (directory / "meta.json").exists() or read_meta(directory)["checksums"] != meta["checksums"]:
-        raise ValueError(f"{directory}, on which {source} was trained, is gone or holds other data now; {advice}")
+        raise ValueError(f"{directory}, on which {source} was trained, is not here or holds other data now: {advice}")
     for name in "val.bin", "val.idx":
         check_file(directory, name, meta)
     ids, ends, prefixes = open_split(directory, "val")
@@ -46,7 +46,7 @@ def heldout(source, limit, **_):
     cut = f" ({len(ends) - len(whole):,} that data.py cut off are left out)" if len(whole) < len(ends) else ""
     if not pairs:
         sizes = "a larger --val_fraction" + " or --block_size" * bool(cut)
-        raise ValueError(f"{directory} has no validation documents{cut}: prepare it with {sizes}, {advice}")
+        raise ValueError(f"{directory} has no validation documents{cut}: prepare it with {sizes}, or {advice}")
     print(f"heldout: {n:,} of {len(whole):,} validation documents of {directory}, each with its own condition{cut}")
     return pairs
 
