@@ -9,6 +9,8 @@ Prints a table and writes out_dir/eval.json; with save_generations also out_dir/
 that holds no number counts as wrong and is reported as invalid; one that reaches max_new_tokens is reported as cut off.
 """
 
+from configurator import configure
+
 import json
 import time
 from pathlib import Path
@@ -16,7 +18,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import exit_on_error, local_directory
-from configurator import configure
 from generate import cache_bytes_per_token, load_for_inference, stream
 from tasks import TASKS
 from tokenizer import encode_prompt, read_meta, special_id

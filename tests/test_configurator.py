@@ -1,13 +1,13 @@
 """Settings: what is accepted, and the sentence that ends everything else."""
 
+from configurator import configure, settings_of
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from scripts import ROOT
-
-from configurator import configure, settings_of
 
 SCRIPT = '''"""A script."""
 rate = 1e-3
