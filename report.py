@@ -51,7 +51,8 @@ class Progress:
         flops = self.model.flops_per_token(bp_steps) * speed / ranks.world_size
         entry = {"iter": step, **{name: value.item() for name, value in metrics.items()}, "lr": lr}
         entry |= {"bp_steps": bp_steps, "tokens": tokens}
-        entry |= {"epoch": round(loader["epoch"] + loader["cursor"] / loader["documents"], 4)}
+        in_epoch = (loader["cursor"] - len(loader["waiting"])) / loader["documents"]
+        entry |= {"epoch": round(loader["epoch"] + in_epoch, 4)}
         entry |= {"seconds": round(time.monotonic() - self.begin, 1), "tokens_per_sec": round(speed, 1)}
         entry |= {"mfu": flops / self.peak_flops if self.peak_flops else None}
         self.files.log(**entry)

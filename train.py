@@ -20,8 +20,8 @@ import socket
 import sys
 import time
 import uuid
-from copy import copy
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import islice
