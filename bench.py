@@ -10,6 +10,8 @@ Prints tables and writes bench.json. The peer of train and decode is transformer
 with the same weights and documents; that of data is tiktoken. Machines are noisy: trust the ratios, not the figures.
 """
 
+from configurator import configure
+
 import json
 import os
 import statistics
@@ -32,7 +34,6 @@ from tqdm import tqdm
 
 import data
 from common import choose_device, exit_on_error
-from configurator import configure
 from hf import save_hf
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2, adam_atan2
@@ -351,7 +352,7 @@ def first(what, begin, cache, values):
     model = new_model()
     if what == "step":
         optimizer = AdamATan2(model.parameters(), lr=1e-4, ema=0.999, compile=compile)
-        train_step(model, optimizer, next(make_loader(documents(512))), bp_steps, micro_batch_size)[0].item()
+        train_step(model, optimizer, next(make_loader(documents(512))), bp_steps, micro_batch_size)[0]["loss"].item()
     else:
         model.eval().generate([list(range(10, 40))], 2)
     return time.time() - begin

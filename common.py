@@ -1,8 +1,10 @@
 """What all files here share: devices, files that survive a crash, and errors that a user reads in one sentence."""
 
 import json
+import math
 import os
 import sys
+import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -40,7 +42,42 @@ def cpu_multiplies_bf16():
 def compiled(function, dynamic=False):
     """torch.compile(function), one for all callers."""
     torch._dynamo.config.recompile_limit = 64  # beyond it, a call runs uncompiled; generation has shapes of its own
-    return torch.compile(function, dynamic=dynamic)
+    options = {"cpp.dynamic_threads": True}  # for ThreadsByLoad; as fast as a fixed number
+    return torch.compile(function, dynamic=dynamic, options=options)
+
+
+class ThreadsByLoad:
+    """torch's number of CPU threads, fitted to the cores that other processes leave free. OpenMP's threads wait for
+    each other many times a second, so one without a core of its own makes all of them up to ten times slower. On Linux;
+    elsewhere, and where OMP_NUM_THREADS is set, the number stays. Another number changes results by rounding."""
+
+    def __init__(self):
+        self.most, self.lowered = torch.get_num_threads(), 0.0
+        self.fixed = "OMP_NUM_THREADS" in os.environ or not Path("/proc/self/schedstat").exists()
+        self.clock, self.waited = time.monotonic(), self._waited()
+
+    def _waited(self):
+        """Seconds for which this process's threads, all together, have been ready to run and had no core."""
+        total = 0
+        for path in () if self.fixed else Path("/proc/self/task").glob("*/schedstat"):
+            with suppress(OSError, IndexError):  # the thread has ended
+                total += int(path.read_text().split()[1])
+        return total / 1e9
+
+    def adapt(self):
+        """Call this often; it looks once a second. Returns the number where it changes, else None."""
+        now, n = time.monotonic(), torch.get_num_threads()
+        if self.fixed or now - self.clock < 1:
+            return None
+        waited = self._waited()
+        missing, self.clock, self.waited = (waited - self.waited) / (now - self.clock), now, waited  # cores
+        if missing > 0.25 and n > 1:
+            new, self.lowered = max(1, n - math.ceil(missing)), now
+        else:
+            new = self.most if now - self.lowered > 60 else n  # which shows within a second whether it was right
+        if new != n:
+            torch.set_num_threads(new)
+            return new
 
 
 def upload(tensor, device):

@@ -5,6 +5,8 @@
 A script lists its settings as plain globals, then calls configure(globals()). Arguments apply from left to right: a
 config file is Python whose globals are settings (perhaps of other scripts, too); --key=value sets one; --help lists
 them. An unknown name, or a value of another type than the default's, ends with one sentence.
+
+A script imports this file first, so that --help is answered before torch loads.
 """
 
 import ast
@@ -16,7 +18,7 @@ import types
 from contextlib import suppress
 from pathlib import Path
 
-SCRIPTS = ("train.py", "data.py", "sample.py", "eval.py", "hf.py", "bench.py")
+SCRIPTS = ("train.py", "data.py", "sample.py", "eval.py", "hf.py", "plot.py", "bench.py")
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -30,6 +32,11 @@ def settings_of(script):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = "\n".join(lines[node.lineno - 1 : node.end_lineno]).strip()
     return found
+
+
+def print_help(script):
+    """The docstring and the settings of a script."""
+    print(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))), "", *settings_of(script).values(), sep="\n")
 
 
 def run_config(path):
@@ -55,9 +62,6 @@ def configure(settings, argv=None):
     everyones = {name for sibling in siblings for name in settings_of(sibling)} | set(own)
     defaults = {key: settings[key] for key in own}
     for arg in argv:
-        if arg in ("-h", "--help"):
-            print(settings["__doc__"].strip(), "", *own.values(), sep="\n")
-            sys.exit(0)
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             if key in own and not equals:
@@ -82,3 +86,9 @@ def configure(settings, argv=None):
             if key in own:
                 settings[key] = value
     return {key: settings[key] for key in own}
+
+
+# ---- before torch loads ----
+if Path(sys.argv[0]).name in SCRIPTS and {"-h", "--help"} & {*sys.argv[1:]}:
+    print_help(Path(sys.argv[0]))
+    sys.exit(0)

@@ -8,6 +8,8 @@ data/<dataset>/ holds, per split, <split>.bin (the ids of all documents back to 
 (two int64 per document: where it ends in the bin, and the length of its prefix); meta.json and tokenizer.tiktoken.
 """
 
+from configurator import configure
+
 import json
 import os
 import random
@@ -27,7 +29,6 @@ import torch
 from tqdm import tqdm
 
 from common import check_types, errors_name_file, exit_on_error, replace_file
-from configurator import configure
 from model import IGNORE
 from sources import read_rows, to_pair, word_problems
 from tokenizer import FILES, condition_tags, encode_document, fingerprint, make_encoding, read_meta, save_encoding

@@ -11,6 +11,8 @@ reaches max_new_tokens or the end of the context is reported as cut off. Ctrl-C 
 nothing.
 """
 
+from configurator import configure
+
 import json
 import time
 from collections import Counter
@@ -20,7 +22,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import errors_name_file, exit_on_error, local_directory, replace_file
-from configurator import configure
 from generate import cache_bytes_per_token, load_for_inference, stream
 from ranks import print0
 from tasks import TASKS

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import attend, padded_batches
-from common import choose_device, compiled, local_directory, one_line, upload
+from common import ThreadsByLoad, choose_device, compiled, local_directory, one_line, upload
 from model import HRM, output_and_mlp, project_gqkv, visible_keys
 from tokenizer import choose_condition, load_encoding
 
@@ -62,8 +62,9 @@ def stream(
     choose = partial(choose_ids, model.usable_ids, temperature, top_k, top_p, generator)
     engine = Engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
     waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
-    in_slot, n_generated = [None] * n_slots, [0] * len(prompts)
+    in_slot, n_generated, threads = [None] * n_slots, [0] * len(prompts), ThreadsByLoad()
     while waiting or any(i is not None for i in in_slot):
+        threads.adapt()
         free = [slot for slot, i in enumerate(in_slot) if i is None]
         if waiting and 16 * len(free) >= n_slots:  # refill when at least 1/16 of the slots are free
             active, n_tokens = [], 0

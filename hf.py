@@ -3,13 +3,14 @@
 python hf.py --out_dir=out --export_dir=out-hf       # exports a run of train.py
 """
 
+from configurator import configure
+
 import json
 from pathlib import Path
 
 import torch
 
 from common import choose_device, errors_name_file, exit_on_error, read_json
-from configurator import configure
 from model import HRM, HRMConfig, weight_shapes
 from tokenizer import CONDITIONS, SPECIAL, byte_alphabet, choose_condition, load_encoding, portable, special_id
 

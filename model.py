@@ -140,18 +140,20 @@ class BlockWeights(NamedTuple):
 
 # ---- the loss ----
 class CrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of h @ weight.T, in chunks: all logits of a large vocabulary would fill the memory.
-    h (N, n_embd), weight (vocab_size, n_embd), targets (N,). A chunk's gradient is computed with its loss, so its
-    logits need neither be kept nor computed again."""
+    """Sum of the cross-entropies of h @ weight.T, and the number of targets whose logit is the largest.
+    h (N, n_embd), weight (vocab_size, n_embd), targets (N,). It works in chunks, as all logits of a large vocabulary
+    would fill the memory. A chunk's gradient is computed with its loss, so its logits need neither be kept nor
+    computed again."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, with_gradient):
         rows = max(LOGITS_PER_CHUNK // len(weight), 1)
-        total, dh = torch.zeros((), device=h.device), []
+        total, n_correct, dh = torch.zeros((), device=h.device), torch.zeros((), device=h.device), []
         dweight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         for x, ids in zip(h.split(rows), targets[:, None].split(rows)):
             log_p = (x @ weight.T).log_softmax(-1, dtype=torch.float32)
             total -= log_p.gather(1, ids).sum()
+            n_correct += (log_p.argmax(-1, keepdim=True) == ids).sum()
             if with_gradient:  # d loss / d logits = p - 1 at the target, p elsewhere
                 one = torch.ones_like(ids, dtype=torch.float32)
                 dlogits = log_p.exp_().scatter_add_(1, ids, -one).to(h.dtype)
@@ -159,10 +161,11 @@ class CrossEntropy(torch.autograd.Function):
                 dweight += dlogits.T @ x
         if with_gradient:
             ctx.save_for_backward(torch.cat(dh), dweight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(n_correct)
+        return total, n_correct
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         dh, dweight = ctx.saved_tensors
         return dh * grad, dweight * grad, None, None
 
@@ -249,7 +252,8 @@ class HRM(nn.Module):
         -1 for padding (None: a row is one document); prefix: (B, T) bool, from a document's start (None: all causal).
         All are best in host memory: nothing here then waits for the device. weights: self.cast_weights(), if several
         micro-batches share them. This pass computes the head's gradient too, unless under torch.no_grad().
-        Returns (logits (B, T, vocab_size) fp32, None) without targets, else (None, mean loss over targets).
+        Returns (logits (B, T, vocab_size) fp32, None) without targets, else (None, mean loss over targets); then
+        self.n_correct is the number of targets predicted, on the device.
         Raises ValueError if T exceeds block_size or bp_steps is out of range."""
         T = idx.size(1)
         if T > self.config.block_size:
@@ -275,7 +279,7 @@ class HRM(nn.Module):
             return F.linear(h, weights.lm_head).float(), None
         at = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # logits of targets only
         h, targets = h.flatten(0, 1).index_select(0, upload(at, device)), upload(targets.flatten()[at], device)
-        total = CrossEntropy.apply(h, weights.lm_head, targets, torch.is_grad_enabled())
+        total, self.n_correct = CrossEntropy.apply(h, weights.lm_head, targets, torch.is_grad_enabled())
         return None, total / max(len(at), 1)
 
     def flops_per_token(self, bp_steps):

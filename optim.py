@@ -7,14 +7,14 @@ import torch
 from common import compiled
 
 
-def adam_atan2(p, grad, m, v, ema, lr, correction1, correction2, beta1, beta2, weight_decay, ema_decay):
-    """One step on one tensor, in place. The corrections are 1 - beta**t; ema may be None."""
+def adam_atan2(p, grad, m, v, ema, lr, correction1, correction2, ema_rate, beta1, beta2, weight_decay):
+    """One step on one tensor, in place. The corrections are 1 - beta**t, ema_rate 1 - its decay; ema may be None."""
     p.mul_(1 - lr * weight_decay)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     p.sub_(torch.atan2(m, (v / correction2).sqrt()) * (lr / correction1))
     if ema is not None:
-        ema.lerp_(p, 1 - ema_decay)
+        ema.lerp_(p, ema_rate)
 
 
 class AdamATan2(torch.optim.Optimizer):
@@ -39,11 +39,11 @@ class AdamATan2(torch.optim.Optimizer):
                 state = self.state[p]
                 t = state["step"] = state["step"] + 1
                 if t not in scalars:  # as tensors: a new number would be compiled anew; full() does not wait
-                    numbers = group["lr"], 1 - beta1**t, 1 - beta2**t
+                    numbers = group["lr"], 1 - beta1**t, 1 - beta2**t, 1 - (group["ema"] or 0)
                     scalars[t] = [torch.full((), x, device=p.device) for x in numbers]
                 tensors = p.detach(), p.grad, state["m"], state["v"], state.get("ema")
                 flat = (x if x is None else x.view(-1) for x in tensors)  # so that all shapes share one compilation
-                self.update(*flat, *scalars[t], beta1, beta2, group["weight_decay"], group["ema"])
+                self.update(*flat, *scalars[t], beta1, beta2, group["weight_decay"])
 
     def keep_average(self, keep):
         """Start the moving average at the weights where there is none, or drop it."""

@@ -7,11 +7,12 @@
     python sample.py --init_from=sapientinc/HRM-Text-1B --condition=synth,cot --prompt="..."
 """
 
+from configurator import configure
+
 import codecs
 from pathlib import Path
 
 from common import errors_name_file, exit_on_error
-from configurator import configure
 from generate import load_for_inference, stream
 from sources import word_problems
 from tokenizer import encode_prompt, special_id

@@ -10,8 +10,9 @@ changes nothing but speed and memory. Ctrl-C, SIGTERM and SIGUSR1 finish the ste
 whenever that was, goes on to the same weights, bit for bit; under torchrun --max-restarts=N it does so by itself.
 """
 
+from configurator import configure
+
 import hashlib
-import math
 import os
 import shutil
 import signal
@@ -19,23 +20,24 @@ import socket
 import sys
 import time
 import uuid
-from collections import deque
+from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
+import plot
 import ranks
 from checkpoint import RunFiles
-from common import choose_device, errors_name_file, local_directory, one_line
-from configurator import configure
+from common import ThreadsByLoad, check_types, choose_device, errors_name_file, local_directory, one_line, read_json
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
 from ranks import any_rank, gather, print0
+from report import Progress
 from tokenizer import FILES, check_file, load_encoding, read_meta, read_tokenizer, same_tokenizer
 
 # ---- settings ----
@@ -46,6 +48,7 @@ init_from = "scratch"  # or "resume" (the run in out_dir), or what to fine-tune:
 log_interval = 10  # steps between log lines
 eval_interval = 500  # steps between validation losses; 0: only at the end
 eval_iters = 0  # batches of a validation loss; 0: all of val.bin
+sample_prompts = 2  # held-out instructions that are answered, and printed, at each validation
 checkpoint_interval = 1000  # steps between checkpoints; 0: only at the end
 checkpoint_minutes = 0.0  # minutes between checkpoints, whichever comes first; 0: steps alone
 keep_checkpoints = 2  # the newest: ckpt.pt, and ckpt-<step>.pt before it
@@ -73,8 +76,9 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 ema = 0.99  # decay of the weights' moving average, which is what is evaluated, sampled and exported
+ema_ramp = True  # decay is at most (1 + step) / (10 + step), so that a short run's average is not its start
 bp_min = 2  # steps of the recurrence with gradient, at the start of training
-bp_max = 5  # and after bp_warmup
+bp_max = 0  # and after bp_warmup; 0: 5, or all steps of a model that has fewer
 bp_warmup = 0.2  # share of training in which bp_steps rises
 # system
 device = "auto"  # cpu, cuda or mps
@@ -99,47 +103,56 @@ def bp_steps_at(step):
     return bp_min + int(progress * (bp_max - bp_min))
 
 
+def ema_at(step):
+    """The decay of the moving average."""
+    return min(ema, (1 + step) / (10 + step)) if ema_ramp else ema
+
+
 # ---- one step ----
-def loss_of(model, batch, micro_batch_size, bp_steps=None):
-    """This rank's share of the step's mean loss over targets; runs the backward passes too, unless under no_grad."""
-    total, weights = torch.zeros((), device=model.embed.device), model.cast_weights()
+def loss_and_accuracy(model, batch, micro_batch_size, bp_steps=None):
+    """This rank's shares of the step's mean loss over targets, and of the part of them that is predicted, as a tensor
+    of two; runs the backward passes too, unless under no_grad."""
+    totals, weights = torch.zeros(2, device=model.embed.device), model.cast_weights()
     for idx, targets, doc, prefix in zip(*(t.split(micro_batch_size) for t in batch[:4])):
         share = int((targets != IGNORE).sum()) / batch.n_targets
         loss = model(idx, targets, doc, prefix, bp_steps, weights)[1] * share
         if torch.is_grad_enabled():
             loss.backward()
-        total += loss.detach()
-    return total
+        totals += torch.stack((loss.detach(), model.n_correct / batch.n_targets))
+    return totals
 
 
 def train_step(model, optimizer, batch, bp_steps, micro_batch_size, skip_nonfinite=False):
-    """Returns the loss, and whether it and all gradients are finite: both on the device, which need not be awaited."""
+    """Returns {"loss", "accuracy", "grad_norm"}, and whether the loss and all gradients are finite: all of them on the
+    device, which need not be awaited."""
     optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(model, batch, micro_batch_size, bp_steps)
+    loss, accuracy = totals = loss_and_accuracy(model, batch, micro_batch_size, bp_steps)
     # Summed here and not by DistributedDataParallel: which weights have a gradient depends on bp_steps (the embedding
     # has none at 2), but it is the same ones on every rank.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    ranks.sum_over_ranks(loss, *grads)
-    is_finite = (loss + torch.stack(torch._foreach_norm(grads, math.inf)).sum()).isfinite()
+    ranks.sum_over_ranks(totals, *grads)
+    grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
+    is_finite = (loss + grad_norm).isfinite()
     if not skip_nonfinite or is_finite:
         optimizer.step()
-    return loss, is_finite
+    return dict(loss=loss, accuracy=accuracy, grad_norm=grad_norm), is_finite
 
 
 @torch.no_grad()
 def validate(model, optimizer, loader, stop_asked):
-    """Mean loss over the targets of val.bin, with the averaged weights; None if a signal asks to stop meanwhile."""
-    total, n_targets = torch.zeros((), device=model.embed.device), 0
+    """(mean loss over the targets of val.bin, share of them predicted), with the averaged weights; None if a signal
+    asks to stop meanwhile."""
+    totals, n_targets = torch.zeros(2, device=model.embed.device), 0
     model.eval()
     with optimizer.averaged():
         for batch in islice(exit_on_bad_data(copy(loader)), eval_iters or None):
             if any_rank(stop_asked())[0]:
                 return None
-            total += loss_of(model, batch, micro_batch_size) * batch.n_targets
+            totals += loss_and_accuracy(model, batch, micro_batch_size) * batch.n_targets
             n_targets += batch.n_targets
     model.train()
-    ranks.sum_over_ranks(total)
-    return total.item() / n_targets
+    ranks.sum_over_ranks(totals)
+    return (totals / n_targets).tolist()
 
 
 def exit_on_bad_data(batches):
@@ -211,8 +224,6 @@ def make_model(start_from, ckpt_meta, data_dir):
         raise ValueError(f"{source} has {config.vocab_size} embeddings, and its tokenizer {n_ids} ids")
     if config.block_size < block_size:
         raise ValueError(f"{source} has a context of {config.block_size} tokens, and block_size is {block_size}")
-    if not 2 <= bp_min <= bp_max <= config.n_steps:
-        raise ValueError(f"bp_min and bp_max must rise from 2 to at most H_cycles * (L_cycles + 1) = {config.n_steps}")
     return model
 
 
@@ -230,11 +241,25 @@ def check_ranks_agree(data_dir):
     gather(ranks.Trouble(sentence) if differs else None)
 
 
+def settings_to_resume():
+    """The settings of the run in out_dir, as the command line changes them."""
+    path = Path(out_dir, "run.json")
+    if path.exists():
+        with errors_name_file(path):
+            saved = read_json(path)["settings"]
+            saved = {key: saved[key] for key in settings if key in saved and key not in ("out_dir", "init_from")}
+            check_types(saved, **{key: type(settings[key]) for key in saved})
+        globals().update(saved)
+    return configure(globals())
+
+
 def setup():
     """Returns model, optimizer, the two loaders, the run's files, and its progress: plain values of a checkpoint."""
-    global device, dtype, max_iters, compile
-    data_dir, out = Path("data", dataset), Path(out_dir)
+    global settings, device, dtype, max_iters, bp_max, compile
     with ranks.abort_if_any():
+        if init_from == "resume":
+            settings = settings_to_resume()
+        data_dir, out = Path("data", dataset), Path(out_dir)
         device, dtype = choose_device(device, dtype)
         ranks.start(device)
         check_settings()
@@ -258,7 +283,12 @@ def setup():
             n_tokens = int(loader.lengths[loader.eligible].sum())
             max_iters = max(1, round(epochs * n_tokens / (batch_size * block_size)))
         torch.manual_seed(seed)
+        print0(", ".join(f"{key}={value}" for key, value in settings.items()))
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
+        bp_max = bp_max or min(5, model.config.n_steps)
+        if not 2 <= bp_min <= bp_max <= model.config.n_steps:
+            steps = f"H_cycles * (L_cycles + 1) = {model.config.n_steps}"
+            raise ValueError(f"bp_min ({bp_min}) and bp_max ({bp_max}) must rise from 2 to at most {steps}")
         options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)
         optimizer = AdamATan2(model.parameters(), **options, compile=compile)
         if ckpt:
@@ -292,20 +322,15 @@ def setup():
 
 
 # ---- the run ----
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
-
-
 def main():
     signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before the first step; nothing is lost"))
     model, optimizer, loader, val_loader, files, run = setup()
     stop_asked, on_cuda = ranks.catch_stop_signals(), device.startswith("cuda")
-    device_name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
-    peak_flops = next((flops for card, flops in PEAK_FLOPS.items() if card in device_name), None)
-    n_params, precision = sum(p.numel() for p in model.parameters()), str(dtype).removeprefix("torch.")
-    print0(f"{n_params:,} parameters, {ranks.world_size} x {device_name}, {precision}, compile {compile}")
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
+    progress = Progress(files, model, max_iters, run["iter"], device)
+    threads, last_save = ThreadsByLoad(), time.monotonic()
     batches = exit_on_bad_data(data.prefetch(loader, pin=on_cuda))
-    pending, last_losses = [], deque(maxlen=8)  # steps not yet known to be finite; logged losses
+    pending = []  # steps not yet known to be finite
 
     def check_finite():
         """End the run, or count, for pending steps whose loss or gradient is not finite. Waits for the device."""
@@ -321,14 +346,12 @@ def main():
                 print0(f"{sentence}; skipped, {run['skipped']} of at most {skip_nonfinite}")
                 continue
             files.wait()
-            losses = ", ".join(f"{loss:.4f} at {i}" for i, loss in last_losses) or "none"
+            losses = ", ".join(progress.last_losses) or "none"
             ckpt = "none yet" if files.saved is None else f"{files.directory / 'ckpt.pt'} (step {files.saved})"
             sentence += f"; logged losses before: {losses}; checkpoint to return to, with --init_from=resume: {ckpt}"
             gather(ranks.Trouble(f"{sentence}; --skip_nonfinite={run['skipped']} skips such a step"))
         pending.clear()
 
-    bar = tqdm(total=max_iters, initial=run["iter"], desc="training", disable=None if ranks.master else True)
-    begin, last_save, timer = time.perf_counter(), time.monotonic(), None
     while True:
         step, is_last = run["iter"], run["iter"] >= max_iters
         save_now = step and checkpoint_interval and step % checkpoint_interval == 0
@@ -340,42 +363,38 @@ def main():
                 tensors = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
                 content = {**tensors, "config": asdict(model.config), "settings": settings, **run}
                 files.save(content, wait=stop or is_last)
-            last_save, timer = time.monotonic(), None
+            last_save = time.monotonic()
+            progress.pause()
         if stop:
             break
         if val_loader and step and (is_last or (eval_interval and step % eval_interval == 0)):
             check_finite()
-            val_loss, timer = validate(model, optimizer, val_loader, stop_asked), None
-            if val_loss is None:
+            progress.pause()
+            result = validate(model, optimizer, val_loader, stop_asked)
+            if result is None:
                 continue  # to stop
-            files.log(iter=step, val_loss=val_loss)
-            print0(f"step {step}: validation loss {val_loss:.4f}")
+            files.log(iter=step, val_loss=result[0], val_accuracy=result[1])
+            print0(f"step {step}: validation loss {result[0]:.4f}, token accuracy {result[1]:.1%}")
+            if ranks.master and sample_prompts:
+                pass
         if is_last:
             break
 
+        if n_threads := threads.adapt():
+            print0(f"step {step}: {n_threads} CPU threads from here on, as other processes take or leave the cores")
         batch, bp_steps, lr = next(batches), bp_steps_at(step), learning_rate_at(step)
-        timer = timer or (time.perf_counter(), run["tokens"])
+        progress.resume(step, run["tokens"])
         torch.manual_seed(hash((seed, step, ranks.rank)))  # dropout, if you add it, is then the same after a resume
-        optimizer.param_groups[0]["lr"] = lr
-        loss, is_finite = train_step(model, optimizer, batch, bp_steps, micro_batch_size, bool(skip_nonfinite))
+        optimizer.param_groups[0] |= dict(lr=lr, ema=ema_at(step) or None)
+        metrics, is_finite = train_step(model, optimizer, batch, bp_steps, micro_batch_size, bool(skip_nonfinite))
         step, tokens = step + 1, run["tokens"] + batch.n_tokens
         run |= dict(iter=step, tokens=tokens, loader=batch.state)
-        pending.append((step, batch.documents, loss, is_finite))
-        bar.update()
-        if begin:
-            loss.item()
-            print0(f"first step after {time.perf_counter() - begin:.1f} s" + ", compilation included" * compile)
-            begin = None
+        pending.append((step, batch.documents, metrics["loss"], is_finite))
+        progress.count(step, metrics["loss"])
         if step % log_interval == 0 or step == max_iters:
             check_finite()
-            entry = dict(iter=step, loss=loss.item(), lr=lr, bp_steps=bp_steps, tokens=tokens)
-            speed, timer = (tokens - timer[1]) / (time.perf_counter() - timer[0]), None
-            mfu = model.flops_per_token(bp_steps) * speed / (peak_flops * ranks.world_size) if peak_flops else None
-            files.log(**entry, tokens_per_sec=round(speed, 1), mfu=mfu)
-            last_losses.append((step, entry["loss"]))
-            text = f"step {step}: loss {entry['loss']:.4f}, lr {lr:.2e}, bp_steps {bp_steps}, {speed:,.0f} tokens/s"
-            print0(text + (f", mfu {mfu:.1%}" if mfu else ""))
-    bar.close()
+            progress.log(step, metrics, lr, bp_steps, tokens, batch.state)
+    progress.bar.close()
 
     sentence = f"{'stopped' if stop else 'finished'} at step {run['iter']}"
     if ranks.master and files.saved != run["iter"]:
@@ -384,6 +403,12 @@ def main():
         files.wandb.finish()
     memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
     print0(f"{sentence}; checkpoint: {files.directory / 'ckpt.pt'}{memory}")
+    if stop:
+        print0(f"to go on: train.py --init_from=resume --out_dir={out_dir}")
+    elif ranks.master and find_spec("matplotlib"):
+        with suppress(ValueError, OSError):  # the run is complete without
+            plot.draw([out_dir], files.directory / "loss.svg")
+            print0(f"its losses: {files.directory / 'loss.svg'}")
     ranks.shutdown(status=0)
 
 

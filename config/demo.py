@@ -16,3 +16,4 @@ weight_decay = 0.05
 ema = 0.99
 log_interval = 100
 eval_interval = 800
+checkpoint_interval = 200  # sample.py works while it trains

@@ -5,6 +5,8 @@ What is wrong with an input is told in one sentence, and nothing is written.
     pytest tests/test_bad_input.py --fuzz=2000            # so many cases of each kind of input
 """
 
+from configurator import configure, settings_of
+
 import hashlib
 import json
 import os
@@ -19,7 +21,6 @@ from scripts import ROOT, TINY, run
 
 from checkpoint import load_checkpoint
 from common import errors_name_file
-from configurator import configure, settings_of
 from data import Loader, prepare
 from model import HRM
 from optim import AdamATan2

@@ -6,8 +6,8 @@ import sys
 
 from scripts import ENV, ROOT
 
-ROOMS = "configurator common attention model optim tokenizer generate hf ranks checkpoint sources data tasks".split()
-ROOMS += "train sample eval bench".split()
+ROOMS = "configurator common attention model optim tokenizer generate hf ranks checkpoint report plot".split()
+ROOMS += "sources data tasks train sample eval bench".split()
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
 EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb".split()
 

@@ -113,6 +113,15 @@ def test_loss_in_chunks_and_recomputed_blocks_give_the_same_gradients(monkeypatc
         assert close(g, plain[name]), name
 
 
+def test_predicted_targets_are_counted(monkeypatch):
+    model, (idx, targets, *rest) = tiny_model(), pack(documents(), 64)
+    likeliest, some = model(idx, None, *rest)[0].argmax(-1), (targets >= 0) & (torch.arange(64) % 3 == 0)
+    targets = torch.where(some, likeliest, targets)
+    monkeypatch.setattr("model.LOGITS_PER_CHUNK", 3 * 263)
+    model(idx, targets, *rest)
+    assert model.n_correct == (likeliest == targets).sum() >= some.sum() > 0
+
+
 def test_a_document_of_more_than_1024_tokens():
     """Whose attention takes another way on a CPU."""
     model, [(ids, p)] = tiny_model(block_size=1300), documents([(60, 1100)])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from scripts import ENV, TINY, command, run
 
-from common import cpu_multiplies_bf16
+import common
+from common import ThreadsByLoad, cpu_multiplies_bf16
 
 
 def read_log(out, key="loss"):
@@ -69,7 +70,46 @@ def test_schedules_and_log(workplace):
     lr, bp_steps = read_log(workplace / "out", "lr"), read_log(workplace / "out", "bp_steps")
     assert lr[1] == pytest.approx(1e-4) and lr[10] == lr[40] == pytest.approx(1e-3) and lr[46] == pytest.approx(5e-4)
     assert [bp_steps[i] for i in (1, 4, 5, 7, 8, 10, 11, 50)] == [2, 2, 3, 3, 4, 4, 5, 5]
-    assert set(read_log(workplace / "out", "tokens_per_sec")) == set(range(1, 51))
+    for key in "tokens_per_sec", "grad_norm", "accuracy", "epoch", "seconds":
+        values = read_log(workplace / "out", key)
+        assert set(values) == set(range(1, 51)) and all(value >= 0 for value in values.values())
+    epoch, tokens = read_log(workplace / "out", "epoch"), read_log(workplace / "out", "tokens")
+    in_an_epoch = json.loads((workplace / "out" / "meta.json").read_text())["splits"]["train"]
+    of_input = in_an_epoch["tokens"] - in_an_epoch["documents"]
+    assert epoch[50] == pytest.approx(tokens[50] / of_input, abs=0.05)
+
+
+def test_a_run_resumes_with_its_own_settings_and_its_average_is_not_its_start(workplace):
+    """The average of a short run has nearly the loss of its last steps, as its decay ramps up."""
+    run(workplace, "train.py", *TINY, "--max_iters=60", "--ema=0.999", "--learning_rate=3e-3", "--log_interval=60")
+    loss, val_loss = (read_log(workplace / "out", key)[60] for key in ("loss", "val_loss"))
+    assert abs(val_loss - loss) < 0.3
+    run(workplace, "train.py", "--init_from=resume", "--max_iters=61", "--log_interval=1")
+    settings = json.loads((workplace / "out" / "run.json").read_text())["settings"]
+    assert settings["learning_rate"] == 3e-3 and settings["n_embd"] == 32 and settings["max_iters"] == 61
+    assert read_log(workplace / "out", "lr")[61] == 3e-3
+    (workplace / "out" / "run.json").write_text('{"settings": {"learning_rate": "fast"}}')
+    done = run(workplace, "train.py", "--init_from=resume", ok=False)
+    assert "out/run.json is damaged: learning_rate is 'fast'" in done.stderr
+
+
+def test_threads_follow_the_load(monkeypatch):
+    """Threads that wait for a core become fewer; after a minute all are tried again. A number set by the user stays."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    clock, waited, n = [0.0], [0.0], [4]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ThreadsByLoad, "_waited", lambda self: waited[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda new: n.__setitem__(0, new))
+    threads = ThreadsByLoad()
+    threads.fixed = False  # where there is no /proc too
+    changes = []
+    for second in range(1, 70):
+        clock[0], waited[0] = second, waited[0] + (1.1 if second == 3 else 0.05)
+        changes.append((second, threads.adapt()))
+    assert [change for change in changes if change[1]] == [(3, 2), (64, 4)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert ThreadsByLoad().fixed
 
 
 def test_cpus_that_multiply_bf16_train_in_it_by_default(workplace):

@@ -1,0 +1,74 @@
+"""What a training run tells as it goes: its speed, log lines, and answers to held-out instructions."""
+
+import time
+from collections import deque
+
+import torch
+from tqdm import tqdm
+
+import ranks
+from generate import stream
+from ranks import print0
+from tokenizer import special_id
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+
+
+class Progress:
+    """The bar, speed and log lines of a run of `max_iters` steps that goes on after `step`. Speed is that since
+    resume(), the first since pause() or log(): checkpoints and validation do not count."""
+
+    def __init__(self, files, model, max_iters, step, device):
+        self.files, self.model, self.max_iters, self.mark = files, model, max_iters, None
+        on_cuda = device.startswith("cuda")
+        name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
+        self.peak_flops = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+        dtype, compiled = str(model.compute_dtype).removeprefix("torch."), model.compile_blocks
+        n_params = sum(p.numel() for p in model.parameters())
+        print0(f"{n_params:,} parameters, {ranks.world_size} x {name}, {dtype}, compile {compiled}")
+        self.bar = tqdm(total=max_iters, initial=step, desc="training", disable=None if ranks.master else True)
+        self.begin, self.first_step, self.last_losses = time.monotonic(), step + 1, deque(maxlen=8)
+
+    def pause(self):
+        self.mark = None
+
+    def resume(self, step, tokens):
+        self.mark = self.mark or (time.monotonic(), step, tokens)
+
+    def count(self, step, loss):
+        """A step is done. Waits for the device at the first, and says how long that took."""
+        self.bar.update()
+        if step == self.first_step:
+            loss.item()
+            compilation = ", compilation included" if self.model.compile_blocks else ""
+            print0(f"first step after {time.monotonic() - self.begin:.1f} s{compilation}")
+
+    def log(self, step, metrics, lr, bp_steps, tokens, loader):
+        """Print and log a step: `metrics` are scalars on the device, `loader` is its state."""
+        clock, step_before, tokens_before = self.mark
+        seconds, self.mark = time.monotonic() - clock, None
+        speed = (tokens - tokens_before) / seconds
+        flops = self.model.flops_per_token(bp_steps) * speed / ranks.world_size
+        entry = {"iter": step, **{name: value.item() for name, value in metrics.items()}, "lr": lr}
+        entry |= {"bp_steps": bp_steps, "tokens": tokens}
+        in_epoch = (loader["cursor"] - len(loader["waiting"])) / loader["documents"]
+        entry |= {"epoch": round(loader["epoch"] + in_epoch, 4)}
+        entry |= {"seconds": round(time.monotonic() - self.begin, 1), "tokens_per_sec": round(speed, 1)}
+        entry |= {"mfu": flops / self.peak_flops if self.peak_flops else None}
+        self.files.log(**entry)
+        text = f"step {step}: loss {entry['loss']:.4f}, token accuracy {entry['accuracy']:.1%}, lr {lr:.2e}"
+        text += f", bp_steps {bp_steps}, {speed:,.0f} tokens/s" + (f", mfu {entry['mfu']:.1%}" if entry["mfu"] else "")
+        left = (self.max_iters - step) * seconds / (step - step_before)
+        print0(f"{text}, {tqdm.format_interval(left)} left")
+        self.last_losses.append(f"{entry['loss']:.4f} at {step}")
+
+
+def print_answers(model, encoding, documents, max_new_tokens=64):
+    """Print the model's answers to documents, (ids, length of the prefix) each, after their instructions."""
+    compile_blocks, model.compile_blocks = model.compile_blocks, False  # compiling takes longer than so few tokens
+    for ids, n_prefix in documents:
+        events = stream(model, [ids[:n_prefix]], max_new_tokens, stop_token=special_id(encoding, "eoa"))
+        new = [id for step in events for _, id in step if id is not None]
+        instruction, answer = (" ".join(encoding.decode(part).split()) for part in (ids[1 : n_prefix - 1], new))
+        print0(f"  {instruction[-200:]} -> {answer}")
+    model.compile_blocks = compile_blocks
