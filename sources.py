@@ -4,7 +4,7 @@ import json
 import random
 import re
 import zlib
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from common import one_line
@@ -117,14 +117,20 @@ def read_lines(file):
 
 
 def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False):
-    """A row of read_rows() -> (instruction, response, condition), or a text that says what is wrong with it.
-    `fields` has the row's names for these three, where they differ; `condition` is for rows without one.
+    """A row of read_rows() -> (instruction, response, condition), or a text that says what is wrong with it: its kind,
+    and details after a colon. `fields` has the row's names for these three, where they differ; such a field must be in
+    every row. `condition` is for rows without one.
     `gsm8k_answer` is for responses that end in "#### N": "cot" keeps the working, "direct" only N."""
     if isinstance(row, str):
         return row
     names = {key: fields.get(key, key) for key in ("instruction", "response", "condition")}
+    for key, name in names.items():
+        if name not in row and (key, name) != ("condition", "condition"):
+            there = ", ".join(map(repr, islice(row, 8))) or "none"
+            example = dict(zip(("instruction", "response"), row))
+            return f"no field '{name}': the row's fields are {there}; name them as in --fields=\"{example}\""
     for key in ("instruction", "response"):
-        text = row.get(names[key])
+        text = row[names[key]]
         if not isinstance(text, str):
             return f"no text in the field '{names[key]}'"
         if not text.strip():
@@ -146,5 +152,5 @@ def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False)
     try:
         condition_tags(condition)
     except (ValueError, AttributeError):
-        return f"unknown condition {condition!r}"
+        return f"unknown condition: {condition!r}"
     return instruction, response, condition

@@ -24,15 +24,16 @@ from copy import copy
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
+from runpy import run_path
 
 import torch
 from tqdm import tqdm
 
-import data
 import ranks
 from checkpoint import RunFiles
-from common import choose_device, errors_name_file, local_directory, one_line
+from common import choose_device, errors_name_file, finish_replacing, local_directory, one_line
 from configurator import configure
+from loader import Loader, prefetch
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
 from ranks import any_rank, gather, print0
@@ -176,7 +177,7 @@ def make_loader(data_dir, split, seed=0, **options):
     """The loader of a split, or None where there is nothing to validate on."""
     if split == "val" and not read_meta(data_dir)["splits"]["val"]["documents"]:
         return print0(f"{data_dir} has no validation documents, so there will be no validation loss")
-    loader = data.Loader(data_dir, split, batch_size, block_size, seed, ranks.rank, ranks.world_size, **options)
+    loader = Loader(data_dir, split, batch_size, block_size, seed, ranks.rank, ranks.world_size, **options)
     if loader.left_out:
         advice = f"data.py --block_size={block_size} would truncate them"
         print0(f"{loader.left_out:,} documents in {split} are longer than block_size and left out; {advice}")
@@ -218,7 +219,7 @@ def make_model(start_from, ckpt_meta, data_dir):
 
 def check_ranks_agree(data_dir):
     """End all ranks unless their data, code, torch and settings are the same."""
-    names = "attention.py", "model.py", "optim.py", "data.py", "train.py"
+    names = "attention.py", "model.py", "optim.py", "loader.py", "train.py"
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
     meta = read_meta(data_dir)
     ours = {f"{data_dir / name}": check_file(data_dir, name, meta) for name in FILES}
@@ -246,8 +247,10 @@ def setup():
             print0("attention: SDPA over padded documents, as FlexAttention needs compile=True")
         files, start_from, ckpt = RunFiles(out, keep_checkpoints, device.startswith("cuda")), init_from, None
         if ranks.master:
+            finish_replacing(data_dir)
             if dataset == "problems" and not (data_dir / "meta.json").exists():
-                print0(data.report(data_dir, data.prepare(data_dir)))
+                data = run_path(str(Path(__file__).with_name("data.py")))  # `import data` might find the directory
+                print0(data["report"](data_dir, data["prepare"](data_dir)))
             start_from, ckpt = files.load(init_from)
         # Only the first rank needs to have the checkpoint. The others get its plain values here, its tensors below.
         ckpt_meta = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer")} if ckpt else None
@@ -255,8 +258,7 @@ def setup():
         loader = make_loader(data_dir, "train", seed, state=ckpt_meta and ckpt_meta["loader"])
         val_loader = make_loader(data_dir, "val", epochs=1)
         if epochs:
-            n_tokens = int(loader.lengths[loader.eligible].sum())
-            max_iters = max(1, round(epochs * n_tokens / (batch_size * block_size)))
+            max_iters = max(1, round(epochs * loader.n_tokens / (batch_size * block_size)))
         torch.manual_seed(seed)
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
         options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)
@@ -304,7 +306,7 @@ def main():
     n_params, precision = sum(p.numel() for p in model.parameters()), str(dtype).removeprefix("torch.")
     print0(f"{n_params:,} parameters, {ranks.world_size} x {device_name}, {precision}, compile {compile}")
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
-    batches = exit_on_bad_data(data.prefetch(loader, pin=on_cuda))
+    batches = exit_on_bad_data(prefetch(loader, pin=on_cuda))
     pending, last_losses = [], deque(maxlen=8)  # steps not yet known to be finite; logged losses
 
     def check_finite():
