@@ -34,13 +34,13 @@ def open_split(directory, split):
     begins at 0, and prefixes[d] of its ids are the prefix. Raises ValueError if the files cannot be right."""
     dtype, bin = np.dtype(read_meta(directory)["dtype"]), Path(directory, f"{split}.bin")
     ends, prefixes = read_index(directory, split).T
-    for documents in chunks(len(ends)):
-        starts, stops = spans(ends, documents)
-        valid = (starts < stops) & (1 <= prefixes[documents]) & (prefixes[documents] < stops - starts)
+    for first, starts, stops in chunks(ends):
+        n_prefix = prefixes[first : first + len(starts)]
+        valid = (starts < stops) & (1 <= n_prefix) & (n_prefix < stops - starts)
         if not valid.all():
             i = int(valid.argmin())
-            claim = f"from {starts[i]} to {stops[i]}, prefix {prefixes[documents[i]]}"
-            raise ValueError(f"{bin.with_suffix('.idx')} is damaged: document {documents[i]} cannot be {claim}")
+            claim = f"from {starts[i]} to {stops[i]}, prefix {n_prefix[i]}"
+            raise ValueError(f"{bin.with_suffix('.idx')} is damaged: document {first + i} cannot be {claim}")
     size, want = bin.stat().st_size, int(ends[-1]) * dtype.itemsize if len(ends) else 0
     if size != want:
         raise ValueError(f"{bin} is damaged: it has {size:,} bytes, not {want:,}")
@@ -52,9 +52,11 @@ def spans(ends, documents):
     return ends[documents - 1] * (documents > 0), ends[documents]
 
 
-def chunks(n, size=2**18):
-    """The numbers of n documents, a chunk at a time: an array of all would take gigabytes."""
-    return (np.arange(first, min(first + size, n)) for first in range(0, n, size))
+def chunks(ends, size=2**18):
+    """(first document, starts, ends) of all documents, a chunk at a time: arrays of all would take gigabytes."""
+    for first in range(0, len(ends), size):
+        bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first : first + size]))
+        yield first, bounds[:-1], bounds[1:]
 
 
 # ---- packing ----
@@ -117,12 +119,11 @@ class Loader:
     def _eligible(self):
         """The documents that fit into a row (all, unless prepared for a larger block_size), and their tokens in all."""
         found, n, n_tokens = np.empty(len(self.ends), np.uint32 if len(self.ends) < 2**32 else np.int64), 0, 0
-        for documents in chunks(len(self.ends)):
-            lengths = self._lengths(documents)
-            fits = lengths <= self.block_size
-            n_tokens += int(lengths[fits].sum())
-            found[n : n + fits.sum()] = documents[fits]
-            n += int(fits.sum())
+        for first, starts, ends in chunks(self.ends):
+            fits = np.flatnonzero(ends - starts <= self.block_size + 1)
+            found[n : n + len(fits)] = first + fits
+            n += len(fits)
+            n_tokens += int((ends - starts - 1)[fits].sum())
         return found[:n], n_tokens
 
     def _permutation(self, epoch):
