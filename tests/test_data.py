@@ -208,6 +208,24 @@ def test_an_unknown_setting_is_refused(tmp_path):
         prepare(tmp_path / "d", sauce="problems")
 
 
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("x.json", b"", "x.json is empty"),
+        ("x.json", b"null", "x.json, line 1: not a JSON object"),
+        ("x.json", b'[{"instruction": "a"', "x.json is damaged: "),
+        ("x.json", b"[" * 100000, "x.json is damaged: "),
+        ("x.json", b"[[1, 2]]", "x.json, row 0: not a JSON object"),
+        ("x.json", b'{"data": []}', "x.json, line 1: no field 'instruction': the row's fields are 'data'"),
+        ("x.parquet", b"PAR1" + bytes(100), "cannot load the dataset .*x.parquet, split train: ArrowInvalid: Parquet "),
+    ],
+)
+def test_a_damaged_source(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        prepare(tmp_path / "d", source=str(tmp_path / name))
+
+
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="cannot load the dataset"):
         prepare(tmp_path / "d", source="nobody/nothing")
