@@ -23,7 +23,9 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from runpy import run_path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,9 +34,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import data
 from common import choose_device, exit_on_error
 from hf import save_hf
+from loader import Loader
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2, adam_atan2
 from sources import read_rows, to_pair, word_problems
@@ -70,6 +72,7 @@ seed = 1337
 settings = configure(globals(), [arg for arg in sys.argv[1:] if not arg.isalpha()] if __name__ == "__main__" else [])
 # ----------------------------------------------------------------------------------------------------
 
+data = SimpleNamespace(**run_path(str(Path(__file__).with_name("data.py"))))  # `import data` might find the directory
 STEPS = 2  # of training in a measurement, ours and the peer's
 
 
@@ -117,7 +120,7 @@ def make_loader(docs):
         meta = {"vocab_size": vocab_size, "dtype": kind, "splits": data.write_bins(Path(directory), rows, kind)}
         meta |= {"tokenizer": {"name": "", "pat_str": "", "special_tokens": {}}, "prepare_args": {}, "checksums": {}}
         Path(directory, "meta.json").write_text(json.dumps(meta))
-        return data.Loader(directory, "train", batch_size, block_size, seed)
+        return Loader(directory, "train", batch_size, block_size, seed)
 
 
 def new_model():
@@ -316,10 +319,14 @@ def bench_data():
         options |= dict(source=str(large), tokenizer=str(dataset))
         encoding, pairs = load_encoding(dataset), [to_pair(row, fields) for _, row in read_rows(str(small))]
         texts = [text for pair in pairs for text in pair[:2]]
+
+        def encode(pair):
+            return [encoding.encode_ordinary(text) for text in pair[:2]]
+
         variants = {
             "data.py": partial(data.prepare, Path(directory, "large"), **options),
             "tiktoken": partial(encoding.encode_ordinary_batch, texts, num_threads=threads),
-            "tiktoken in jobs of 500": lambda: list(data.in_threads(encoding.encode_ordinary, zip(texts), threads)),
+            "tiktoken in jobs of 500": lambda: list(data.in_threads(encode, zip(pairs), threads)),
         }
         seconds, _ = measure(variants)
     seconds["data.py"] /= repeats

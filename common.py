@@ -1,8 +1,10 @@
 """What all files here share: devices, files that survive a crash, and errors that a user reads in one sentence."""
 
+import glob
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -155,6 +157,15 @@ def sync_directory(directory):
         with suppress(OSError):
             os.fsync(handle)
         os.close(handle)
+
+
+def finish_replacing(directory):
+    """Make the second rename of data.py's two, where it was killed before that: `directory` is then the new dataset."""
+    for old in directory.parent.glob(f"{glob.escape(directory.name)}.part-*/old"):
+        if not directory.exists():
+            old.with_name("new").rename(directory)
+            print(f"{directory}: data.py was killed while it replaced this dataset; now the new one is in place")
+            shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def local_directory(name, *patterns):

@@ -1,11 +1,11 @@
-"""Instruction/response pairs -> tokens -> memory-mapped bins, and the loader that packs them into rows.
+"""Instruction/response pairs -> tokens -> the bins that loader.py reads.
 
     python data.py                                   # the embedded word problems -> data/problems
     python data.py config/gsm8k.py                   # GSM8K from the Hugging Face hub -> data/gsm8k
     python data.py --dataset=mine --source=pairs.jsonl --tokenizer=gpt2
 
-data/<dataset>/ holds, per split, <split>.bin (the ids of all documents back to back, uint16 or uint32) and <split>.idx
-(two int64 per document: where it ends in the bin, and the length of its prefix); meta.json and tokenizer.tiktoken.
+data/<dataset>/ then holds, for the splits train and val, <split>.bin and <split>.idx (see loader.py), and meta.json and
+tokenizer.tiktoken. No file imports this one: a directory data/ with an __init__.py would be taken for it, and be run.
 """
 
 from configurator import configure
@@ -18,20 +18,17 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain, islice, starmap
+from itertools import chain, starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from common import check_types, errors_name_file, exit_on_error, replace_file
-from model import IGNORE
+from common import exit_on_error, finish_replacing, replace_file
 from sources import read_rows, to_pair, word_problems
-from tokenizer import FILES, condition_tags, encode_document, fingerprint, make_encoding, read_meta, save_encoding
+from tokenizer import FILES, condition_tags, encode_document, fingerprint, make_encoding, save_encoding
 
 # ---- settings ----
 dataset = "problems"  # the name of what is made: data/<dataset>
@@ -59,19 +56,25 @@ settings = configure(globals())
 # ---- preparing a dataset ----
 def prepare(directory, **changes):
     """Make a dataset in `directory`, by the settings above with `changes`. It is written beside and then renamed, so
-    `directory` never holds half of one. Returns the content of meta.json. Raises ValueError or OSError."""
+    `directory` never holds half of one. It replaces a dataset, and nothing else. Returns the content of meta.json.
+    Raises ValueError or OSError."""
     directory, o = Path(directory), SimpleNamespace(**{**settings, **changes})
     if vars(o).keys() != settings.keys():
         raise TypeError(f"there is no setting {min(changes.keys() - settings.keys())}")
-    if directory.exists() and not (directory / "meta.json").exists():
-        raise ValueError(f"{directory} exists and is no prepared dataset; choose another name with --dataset")
+    finish_replacing(directory)
+    held, written = {path.name for path in directory.glob("*")}, {*FILES, "meta.json"}
+    if directory.exists() and not {"train.bin", "train.idx"} <= held <= written:
+        other = ", ".join(sorted(held - written)[:3])
+        what = f"holds what data.py did not write ({other})" if other else "is no prepared dataset"
+        raise ValueError(f"{directory} exists and {what}; choose another name with --dataset")
     if o.too_long not in ("truncate", "drop", "stop"):
         raise ValueError(f"too_long must be truncate, drop or stop, not '{o.too_long}'")
     if o.answer not in ("", "cot", "direct"):
         raise ValueError(f"answer must be cot, direct or empty, not '{o.answer}'")
     if not 0 <= o.val_fraction < 1:
         raise ValueError(f"val_fraction is a share below 1, not {o.val_fraction}")
-    if not o.fields.keys() <= {"instruction", "response", "condition"}:
+    of_text = all(isinstance(name, str) for name in o.fields.values())
+    if not of_text or not o.fields.keys() <= {"instruction", "response", "condition"}:
         raise ValueError(f"fields names a source's instruction, response and condition, and nothing else: {o.fields}")
     condition_tags(o.condition)
     pairs = (pair[:2] for split, _, pair in read_pairs(o) if split == "train" and isinstance(pair, tuple))
@@ -86,8 +89,9 @@ def prepare(directory, **changes):
         meta = save_encoding(encoding, new)
         splits = write_bins(new, progress, meta["dtype"])
         if not splits["train"]["documents"]:
-            dropped = ", ".join(f"{n:,} {why}" for why, n in splits["train"]["dropped"].items())
-            raise ValueError(f"{o.source} holds no document to train on; dropped: {dropped or 'none'}")
+            dropped = ", ".join(f"{n:,} {why}" for why, n in splits["train"]["dropped"].items()) or "none"
+            advice = "; --skip_bad=False tells where" if o.skip_bad else ""
+            raise ValueError(f"{o.source} holds no document to train on; dropped: {dropped}{advice}")
         meta |= {"splits": splits, "checksums": {name: fingerprint(new / name) for name in FILES}}
         meta["prepare_args"] = {key: value for key, value in vars(o).items() if key not in ("dataset", "threads")}
         replace_file(new / "meta.json", json.dumps(meta, indent=1).encode())
@@ -120,20 +124,36 @@ def read_pairs(o):
 
 
 def in_threads(function, items, n_threads):
-    """Yields function(*item) for each item, in order."""
-    items, jobs = iter(items), deque()
+    """Yields function(*item) for each item of read_pairs(), in order. At most 32 million characters are in work."""
+    jobs, in_work = deque(), 0
     with ThreadPoolExecutor(n_threads) as pool:
-        while batch := list(islice(items, 500)):  # a job per text, as in tiktoken, takes more than twice as long
-            jobs.append(pool.submit(list, starmap(function, batch)))
-            if len(jobs) > 2 * n_threads:
-                yield from jobs.popleft().result()
-        for job in jobs:
+        for size, batch in batches(items):
+            while jobs and (len(jobs) > 2 * n_threads or in_work + size > 2**25):
+                done, job = jobs.popleft()
+                yield from job.result()
+                in_work -= done
+            jobs.append((size, pool.submit(list, starmap(function, batch))))
+            in_work += size
+        for _, job in jobs:
             yield from job.result()
+
+
+def batches(items):
+    """Yields (characters, items of read_pairs()) of 500 short texts or a few long ones. A job per text, as in tiktoken,
+    takes more than twice as long."""
+    size, batch = 0, []
+    for item in items:
+        size += sum(map(len, item[-1]))
+        batch.append(item)
+        if len(batch) == 500 or size > 2**17:
+            yield size, batch
+            size, batch = 0, []
+    yield size, batch
 
 
 def fit_document(encoding, o, split, where, pair):
     """An item of read_pairs() -> (split, document): condition, ids, length of the prefix, whether the end is cut off.
-    In place of a document that is dropped stands a text that says why."""
+    In place of a document that is dropped stands a text that says why; it is counted by what comes before a colon."""
     if isinstance(pair, str):
         return split, pair
     ids, n_prefix = encode_document(encoding, *pair)
@@ -149,12 +169,13 @@ def write_bins(directory, documents, dtype):
     """Write both splits' bins and indexes from what fit_document() returns. Returns {split: its counts}."""
     none = {"documents": 0, "tokens": 0, "prefix_tokens": 0, "truncated": 0}
     counts = {split: {**none, "conditions": Counter(), "dropped": Counter()} for split in ("train", "val")}
+    lengths = {split: array("i") for split in counts}
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(directory / name, "wb")) for name in FILES[:4]}
         for split, document in documents:
             c = counts[split]
             if isinstance(document, str):
-                c["dropped"][document] += 1
+                c["dropped"][document.partition(":")[0]] += 1  # few kinds, however many rows there are
                 continue
             condition, ids, n_prefix, truncated = document
             c["documents"] += 1
@@ -162,6 +183,7 @@ def write_bins(directory, documents, dtype):
             c["prefix_tokens"] += n_prefix
             c["truncated"] += truncated
             c["conditions"][condition] += 1
+            lengths[split].append(len(ids))
             files[f"{split}.bin"].write(array(np.dtype(dtype).char, ids))
             files[f"{split}.idx"].write(array("q", (c["tokens"], n_prefix)))
         for file in files.values():
@@ -169,8 +191,7 @@ def write_bins(directory, documents, dtype):
             os.fsync(file.fileno())
     points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
     for split, c in counts.items():
-        lengths = np.diff(read_index(directory, split)[:, 0], prepend=0)
-        c["length"] = {k: int(np.percentile(lengths, p)) for k, p in points.items()} if len(lengths) else {}
+        c["length"] = {k: int(np.percentile(lengths[split], p)) for k, p in points.items()} if lengths[split] else {}
     return counts
 
 
@@ -187,171 +208,9 @@ def report(directory, meta):
     return "\n".join(lines)
 
 
-# ---- the packing loader ----
-def read_index(directory, split):
-    """(n, 2) int64: where each document ends in the bin, and the length of its prefix."""
-    path = Path(directory, f"{split}.idx")
-    size = path.stat().st_size
-    if size % 16:
-        raise ValueError(f"{path} is damaged: its {size} bytes are not two int64 per document")
-    return np.memmap(path, dtype="<i8", mode="r").reshape(-1, 2) if size else np.zeros((0, 2), np.int64)
-
-
-class Batch(NamedTuple):
-    """One rank's rows of a step, each (rows, T), and four facts of the whole step, all ranks included."""
-
-    idx: torch.Tensor  # int64 tokens, 0 in padding
-    targets: torch.Tensor  # int64, IGNORE in prefixes and padding
-    doc: torch.Tensor  # int64 number of the document within its row, -1 in padding
-    prefix: torch.Tensor  # bool
-    n_targets: int
-    n_tokens: int
-    documents: list  # their numbers in the split
-    state: dict  # of the loader, after this step
-
-
-class Loader:
-    """Iterates over steps of `rows` rows of `block_size` tokens, packed from whole documents.
-
-    An epoch is a seeded permutation of the documents. A step fills its rows from a pool of the next documents; those
-    left in the pool wait for the next step, so every document is seen exactly once per epoch. The plan depends on
-    seed, rows and block_size only: rank r takes its share of the same rows. `epochs` limits the passes (the last step
-    may then hold padding); without it, epochs overlap by a few documents. `state` is that after the last step taken."""
-
-    LOOKAHEAD_DOCS = 128  # documents to choose from
-
-    def __init__(self, directory, split, rows, block_size, seed=0, rank=0, world_size=1, epochs=None, state=None):
-        if rows < world_size:
-            raise ValueError(f"a step of {rows} rows is too small for {world_size} ranks: each needs at least one")
-        self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
-        self.own_rows = slice(rank, None, world_size)
-        meta, index = read_meta(directory), read_index(directory, split)
-        self.ends, self.prefixes = index[:, 0], index[:, 1]
-        self.starts = np.concatenate(([0], self.ends[:-1])).astype(np.int64)
-        lengths = self.ends - self.starts - 1  # input tokens: all of a document but its last
-        valid = (1 <= self.prefixes) & (self.prefixes <= lengths)
-        if not valid.all():
-            d = int(valid.argmin())
-            claim = f"from {self.starts[d]} to {self.ends[d]}, prefix {self.prefixes[d]}"
-            raise ValueError(f"{Path(directory, split)}.idx is damaged: document {d} cannot be {claim}")
-        self.lengths = lengths.astype(np.int32)
-        self.eligible = np.flatnonzero(lengths <= block_size)  # all, unless prepared for a larger block_size
-        self.left_out = len(lengths) - len(self.eligible)
-        if not len(self.eligible):
-            raise ValueError(f"{directory}: no document of the {split} split fits into block_size = {block_size}")
-        self.vocab_size, self.bin = meta["vocab_size"], Path(directory, f"{split}.bin")
-        size, want = self.bin.stat().st_size, int(self.ends[-1]) * np.dtype(meta["dtype"]).itemsize
-        if size != want:
-            raise ValueError(f"{self.bin} is damaged: it has {size:,} bytes, not {want:,}")
-        self.tokens = np.memmap(self.bin, dtype=meta["dtype"], mode="r")
-        checksum = str(meta["checksums"].get(self.bin.name))
-        self.plan = {"seed": seed, "documents": len(self.eligible), "checksum": checksum}
-        self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
-        with errors_name_file("the loader's state"):
-            check_types(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
-            for key, value in self.plan.items():
-                if self.state[key] != value:
-                    change = f"{key} is {value}, in the loader's state {self.state[key]}"
-                    raise ValueError(f"{directory} gives another plan than the run had: {change}")
-        self.order = self._permutation(self.state["epoch"])
-
-    def _permutation(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(self.eligible)
-
-    def _next_rows(self):
-        """The next step's rows, each an array of documents. Raises StopIteration after the last epoch."""
-        epoch, cursor, waiting = (self.state[key] for key in ("epoch", "cursor", "waiting"))
-        pool = [np.array(waiting, dtype=np.int64)]
-        want = self.n_rows * self.block_size + self.LOOKAHEAD_DOCS * self.lengths[self.eligible[:100000]].mean()
-        tokens = self.lengths[pool[0]].sum()
-        while tokens < want and (self.epochs is None or epoch < self.epochs):
-            pool.append(self.order[cursor : cursor + 64])
-            tokens += self.lengths[pool[-1]].sum()
-            cursor += len(pool[-1])
-            if cursor == len(self.order):
-                epoch, cursor = epoch + 1, 0
-                self.order = self._permutation(epoch)
-        pool = np.concatenate(pool)
-        if not len(pool):
-            raise StopIteration
-        lengths, free = self.lengths[pool], np.ones(len(pool), dtype=bool)
-        rows = []
-        for _ in range(self.n_rows):
-            row, room = [], self.block_size
-            while True:
-                near = np.flatnonzero(free)[: self.LOOKAHEAD_DOCS]  # the oldest of all opens a row
-                near = near[lengths[near] <= room]
-                if not len(near):
-                    break
-                if not row or room - lengths[near[0]] >= 2 * lengths[near].mean():
-                    chosen = near[:1]
-                else:  # little room is left: close it with the one or two documents that fill it best
-                    chosen = best_fit(near, lengths[near], room)
-                free[chosen] = False
-                row.extend(chosen)
-                room -= lengths[chosen].sum()
-            rows.append(pool[row])
-        self.state = {"epoch": epoch, "cursor": cursor, "waiting": pool[free].tolist(), **self.plan}
-        return rows
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        rows = self._next_rows()
-        documents = np.concatenate(rows)
-        n_tokens = int(self.lengths[documents].sum())
-        n_targets = n_tokens + len(documents) - int(self.prefixes[documents].sum())
-        rows = rows[self.own_rows]
-        shape = (len(rows), self.block_size)
-        idx, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-        doc, prefix = np.full(shape, -1, np.int64), np.zeros(shape, bool)
-        for r, row in enumerate(rows):
-            start = 0
-            for number, d in enumerate(row):
-                document = self.tokens[self.starts[d] : self.ends[d]]
-                end, response = start + len(document) - 1, start + self.prefixes[d]
-                idx[r, start:end] = document[:-1]
-                targets[r, response - 1 : end] = document[self.prefixes[d] :]  # eoq predicts the first
-                doc[r, start:end] = number
-                prefix[r, start:response] = True
-                start = end
-        largest = max(idx.max(), targets.max())
-        if largest >= self.vocab_size:
-            d = next(d for d in np.concatenate(rows) if largest in self.tokens[self.starts[d] : self.ends[d]])
-            beyond = f"the id {largest}, beyond the vocabulary of {self.vocab_size}"
-            raise ValueError(f"{self.bin}: document {d} has {beyond}")
-        tensors = map(torch.from_numpy, (idx, targets, doc, prefix))
-        return Batch(*tensors, n_targets, n_tokens, documents.tolist(), self.state)
-
-
-def best_fit(items, lengths, room):
-    """The one or two of `items` whose lengths come nearest to room without exceeding it."""
-    order = np.argsort(lengths, kind="stable")
-    items, lengths = items[order], lengths[order]
-    partner = np.minimum(np.searchsorted(lengths, room - lengths, side="right") - 1, np.arange(len(items)) - 1)
-    total = np.where(partner >= 0, lengths + lengths[partner], 0)
-    best = int(total.argmax())
-    return items[[best, partner[best]]] if total[best] > lengths[-1] else items[-1:]
-
-
-def prefetch(loader, pin=False, depth=3):
-    """The loader's batches, taken ahead by a thread, with `pin` in pinned memory. An error comes in its turn."""
-
-    def take():
-        batch = next(loader, None)
-        if batch and pin:
-            batch = batch._replace(**{name: getattr(batch, name).pin_memory() for name in batch._fields[:4]})
-        return batch
-
-    with ThreadPoolExecutor(1) as thread:
-        jobs = deque(thread.submit(take) for _ in range(depth))
-        while batch := jobs.popleft().result():
-            jobs.append(thread.submit(take))
-            yield batch
-
-
 if __name__ == "__main__":
     directory = Path("data", dataset)
     with exit_on_error(f"interrupted; {directory} is as it was"):
+        if directory.parent != Path("data") or dataset == "..":
+            raise ValueError(f"dataset is the name of a directory in data/, not a path: '{dataset}'")
         print(report(directory, prepare(directory)))

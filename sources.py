@@ -1,13 +1,14 @@
 """Where rows come from: the embedded word problems, local files, the Hugging Face hub."""
 
+import codecs
 import json
 import random
 import re
 import zlib
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
-from common import one_line
+from common import errors_name_file, one_line
 from tokenizer import condition_tags
 
 MAX_TEXT_BYTES = 2**24  # of a line
@@ -77,27 +78,41 @@ def read_rows(source, config="", split="train"):
         raise FileNotFoundError(f"there is no file {path}")
     if path.is_file() and path.suffix not in kinds:
         raise ValueError(f"{path} is neither .jsonl, .json nor .parquet")
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
     if path.is_dir() and not any(file.suffix in kinds for file in path.rglob(f"*{split}*")):
         raise FileNotFoundError(f"there is no .jsonl, .json or .parquet file named after the split '{split}' in {path}")
-    files = sorted(path.glob(f"{split}*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
-    if files:  # datasets would not say in which line an error is
-        return chain.from_iterable(map(read_lines, files))
+    files = sorted(path.glob(f"{split}*.jsonl")) if path.is_dir() else [path] if path.suffix in kinds[:2] else []
+    if files:  # datasets would not say in which line an error is, and crashes where a .json file is just `null`
+        yield from chain.from_iterable(map(read_lines, files))
+        return
     try:
         import datasets
 
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # else it prints what it raises, too
         if path.is_file():
             rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(source, None if path.exists() else config or None, split=split)
     except Exception as e:
-        error = f"{type(e).__name__}: {one_line(e)}"
+        cause = e.__cause__ or e
+        error = f"{type(cause).__name__}: {one_line(cause)}"
         raise ValueError(f"cannot load the dataset {source}, split {split}: {error}") from None
-    return ((f"{source} {split}, row {number}", row) for number, row in enumerate(rows))
+    with errors_name_file(f"{source} {split}"):
+        for number, row in enumerate(rows):
+            yield f"{source} {split}, row {number}", row
 
 
 def read_lines(file):
-    """read_rows() of a .jsonl file."""
+    """read_rows() of a .jsonl file, or of a .json file: that is one list, or such lines."""
     with open(file, "rb") as lines:
+        if file.suffix == ".json" and lines.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            with errors_name_file(file):
+                rows = json.loads(file.read_text(encoding="utf-8-sig"))
+            for number, row in enumerate(rows):
+                yield f"{file}, row {number}", row if isinstance(row, dict) else "not a JSON object"
+            return
+        lines.seek(0)
         for number, line in enumerate(iter(lambda: lines.readline(MAX_TEXT_BYTES + 1), b""), 1):
             where = f"{file}, line {number}"
             if len(line) > MAX_TEXT_BYTES:
@@ -117,14 +132,20 @@ def read_lines(file):
 
 
 def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False):
-    """A row of read_rows() -> (instruction, response, condition), or a text that says what is wrong with it.
-    `fields` has the row's names for these three, where they differ; `condition` is for rows without one.
+    """A row of read_rows() -> (instruction, response, condition), or a text that says what is wrong with it: its kind,
+    and details after a colon. `fields` has the row's names for these three, where they differ; such a field must be in
+    every row. `condition` is for rows without one.
     `gsm8k_answer` is for responses that end in "#### N": "cot" keeps the working, "direct" only N."""
     if isinstance(row, str):
         return row
     names = {key: fields.get(key, key) for key in ("instruction", "response", "condition")}
+    for key, name in names.items():
+        if name not in row and (key, name) != ("condition", "condition"):
+            there = ", ".join(map(repr, islice(row, 8))) or "none"
+            example = dict(zip(("instruction", "response"), row))
+            return f"no field '{name}': the row's fields are {there}; name them as in --fields=\"{example}\""
     for key in ("instruction", "response"):
-        text = row.get(names[key])
+        text = row[names[key]]
         if not isinstance(text, str):
             return f"no text in the field '{names[key]}'"
         if not text.strip():
@@ -146,5 +167,5 @@ def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False)
     try:
         condition_tags(condition)
     except (ValueError, AttributeError):
-        return f"unknown condition {condition!r}"
+        return f"unknown condition: {condition!r}"
     return instruction, response, condition

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import errors_name_file, read_json
-from data import read_index
+from loader import document, open_split
 from sources import read_rows, to_pair, word_problems
 from tokenizer import check_file, load_encoding, read_meta, special_id
 
@@ -34,28 +34,21 @@ def heldout(source, limit, **_):
         raise ValueError(f"{directory}, on which {source} was trained, is not here or holds other data now: {advice}")
     for name in "val.bin", "val.idx":
         check_file(directory, name, meta)
-    ids, ends, prefixes = open_split(directory, "val")
+    ids, ends, _ = split = open_split(directory, "val")
     with errors_name_file(directory / "val.bin"):
         whole = np.flatnonzero(ids[ends - 1] == eoa)  # the others were cut off by data.py
         n = min(limit or N_HELDOUT, len(whole))
         pairs = []
         for d in whole[np.arange(n) * len(whole) // max(n, 1)]:  # spread evenly
-            document = ids[ends[d - 1] if d else 0 : ends[d]].tolist()
-            encoding.decode(document)  # raises where the tokenizer lacks an id
-            pairs.append((document[: prefixes[d]], encoding.decode(document[prefixes[d] : -1])))
+            found, n_prefix = document(*split, d)
+            encoding.decode(found)  # raises where the tokenizer lacks an id
+            pairs.append((found[:n_prefix], encoding.decode(found[n_prefix:-1])))
     cut = f" ({len(ends) - len(whole):,} that data.py cut off are left out)" if len(whole) < len(ends) else ""
     if not pairs:
         sizes = "a larger --val_fraction" + " or --block_size" * bool(cut)
         raise ValueError(f"{directory} has no validation documents{cut}: prepare it with {sizes}, or {advice}")
     print(f"heldout: {n:,} of {len(whole):,} validation documents of {directory}, each with its own condition{cut}")
     return pairs
-
-
-def open_split(directory, split):
-    """(ids, ends, prefixes) of a split: document d is ids[ends[d - 1] : ends[d]], and prefixes[d] of it are prefix."""
-    dtype, (ends, prefixes) = read_meta(directory)["dtype"], read_index(directory, split).T
-    ids = np.memmap(directory / f"{split}.bin", dtype, "r") if len(ends) else np.zeros(0, dtype)
-    return np.asarray(ids), ends, prefixes
 
 
 def problems(**_):

@@ -26,14 +26,24 @@ from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from runpy import run_path
 
 import torch
 
-import data
 import plot
 import ranks
 from checkpoint import RunFiles
-from common import ThreadsByLoad, check_types, choose_device, errors_name_file, local_directory, one_line, read_json
+from common import (
+    ThreadsByLoad,
+    check_types,
+    choose_device,
+    errors_name_file,
+    finish_replacing,
+    local_directory,
+    one_line,
+    read_json,
+)
+from loader import Loader
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
 from ranks import any_rank, gather, print0
@@ -189,7 +199,7 @@ def make_loader(data_dir, split, seed=0, **options):
     """The loader of a split, or None where there is nothing to validate on."""
     if split == "val" and not read_meta(data_dir)["splits"]["val"]["documents"]:
         return print0(f"{data_dir} has no validation documents, so there will be no validation loss")
-    loader = data.Loader(data_dir, split, batch_size, block_size, seed, ranks.rank, ranks.world_size, **options)
+    loader = Loader(data_dir, split, batch_size, block_size, seed, ranks.rank, ranks.world_size, **options)
     if loader.left_out:
         advice = f"data.py --block_size={block_size} would truncate them"
         print0(f"{loader.left_out:,} documents in {split} are longer than block_size and left out; {advice}")
@@ -229,7 +239,7 @@ def make_model(start_from, ckpt_meta, data_dir):
 
 def check_ranks_agree(data_dir):
     """End all ranks unless their data, code, torch and settings are the same."""
-    names = "attention.py", "model.py", "optim.py", "data.py", "train.py"
+    names = "attention.py", "model.py", "optim.py", "loader.py", "train.py"
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
     meta = read_meta(data_dir)
     ours = {f"{data_dir / name}": check_file(data_dir, name, meta) for name in FILES}
@@ -271,8 +281,10 @@ def setup():
             print0("attention: SDPA over padded documents, as FlexAttention needs compile=True")
         files, start_from, ckpt = RunFiles(out, keep_checkpoints, device.startswith("cuda")), init_from, None
         if ranks.master:
+            finish_replacing(data_dir)
             if dataset == "problems" and not (data_dir / "meta.json").exists():
-                print0(data.report(data_dir, data.prepare(data_dir)))
+                data = run_path(str(Path(__file__).with_name("data.py")))  # `import data` might find the directory
+                print0(data["report"](data_dir, data["prepare"](data_dir)))
             start_from, ckpt = files.load(init_from)
         # Only the first rank needs to have the checkpoint. The others get its plain values here, its tensors below.
         ckpt_meta = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer")} if ckpt else None
@@ -280,8 +292,7 @@ def setup():
         loader = make_loader(data_dir, "train", seed, state=ckpt_meta and ckpt_meta["loader"])
         val_loader = make_loader(data_dir, "val", epochs=1)
         if epochs:
-            n_tokens = int(loader.lengths[loader.eligible].sum())
-            max_iters = max(1, round(epochs * n_tokens / (batch_size * block_size)))
+            max_iters = max(1, round(epochs * loader.n_tokens / (batch_size * block_size)))
         torch.manual_seed(seed)
         print0(", ".join(f"{key}={value}" for key, value in settings.items()))
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
@@ -329,7 +340,7 @@ def main():
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
     progress = Progress(files, model, max_iters, run["iter"], device)
     threads, last_save = ThreadsByLoad(), time.monotonic()
-    batches = exit_on_bad_data(data.prefetch(loader, pin=on_cuda))
+    batches = exit_on_bad_data(prefetch(loader, pin=on_cuda))
     pending = []  # steps not yet known to be finite
 
     def check_finite():

@@ -7,6 +7,7 @@ do not kill: at "loss" the loss is nan, and at "gradient" the gradients are infi
 import io
 import math
 import os
+import pathlib
 import runpy
 import signal
 import sys
@@ -90,6 +91,8 @@ if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not rest
         os.fsync = at_nth(os.fsync)
     elif MOMENT == "rename":  # of a checkpoint
         os.replace = at_nth(os.replace, lambda source, target: "ckpt" in str(target))
+    elif MOMENT == "replace":  # a dataset: the old one goes, the new one comes
+        pathlib.Path.rename = at_nth(pathlib.Path.rename)
 if "CRASH_SLOW" in os.environ:  # a second per step, in the first start
     step = optim.AdamATan2.step
     optim.AdamATan2.step = lambda self: (time.sleep(not restarts), step(self))

@@ -21,7 +21,8 @@ from scripts import ROOT, TINY, run
 
 from checkpoint import load_checkpoint
 from common import errors_name_file
-from data import Loader, prepare
+from data import prepare
+from loader import Loader
 from model import HRM
 from optim import AdamATan2
 from tokenizer import FILES, check_file, choose_condition, fingerprint, load_encoding, read_meta
@@ -91,12 +92,12 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     "JSON that is no object": (*line(b'["a", "b"]'), "x.jsonl, line 3: not a JSON object"),
     "deep JSON": (*line(b"[" * 100000), "x.jsonl, line 3: not a JSON object"),
     "wrong type": (*line(b'{"instruction": 3, "response": "b"}'), "line 3: no text in the field 'instruction'"),
-    "missing field": (*line(b'{"instruction": "a"}'), "x.jsonl, line 3: no text in the field 'response'"),
+    "missing field": (*line(b'{"instruction": "a"}'), "x.jsonl, line 3: no field 'response': the row's fields are"),
     "empty instruction": (*line(b'{"instruction": " ", "response": "b"}'), "x.jsonl, line 3: empty instruction"),
     "empty response": (*line(b'{"instruction": "a", "response": ""}'), "x.jsonl, line 3: empty response"),
     "unknown condition": (
         *line(b'{"instruction": "a", "response": "b", "condition": ["cot"]}'),
-        "x.jsonl, line 3: unknown condition ['cot']",
+        "x.jsonl, line 3: unknown condition: ['cot']",
     ),
     "invalid UTF-8": (*line(b'{"instruction": "\xff", "response": "b"}'), "x.jsonl, line 3: not UTF-8"),
     "half a surrogate pair": (
@@ -156,6 +157,11 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
         lambda place: (place / "data" / "mine").mkdir(),
         "data/mine exists and is no prepared dataset",
     ),
+    "dataset's name taken by a run": (
+        "data.py --dataset=run",
+        lambda place: shutil.copytree(place / "out", place / "data" / "run"),
+        "data/run exists and holds what data.py did not write (ckpt.pt, log.jsonl, run.json)",
+    ),
     "argument that is no value": (TRAIN + " --max_iters={[]:1}", None, "max_iters must be a whole number"),
     "argument beyond all numbers": (TRAIN + " --ema=1" + "0" * 400, None, "ema must be a number"),
     "model beyond all memory": (f"{TRAIN} --out_dir=new --n_embd=1099511627776", None, "cannot be made here"),
@@ -189,6 +195,7 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --ema=1.5", "ema must be at least 0 and less than 1"),
         (f"{TRAIN} --eval_iters=-1", "eval_iters must be at least 0"),
         (f"{TRAIN} --out_dir=", "must be names"),
+        ("data.py --dataset=../out", "dataset is the name of a directory in data/, not a path: '../out'"),
         ("data.py --condition=drect", "unknown condition 'drect'"),
         ("data.py --source=data", "named after the split 'train'"),
         ("data.py --source=nowhere.jsonl", "there is no file nowhere.jsonl"),

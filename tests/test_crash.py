@@ -19,7 +19,7 @@ import torch
 from scripts import ENV, ROOT, TINY, command, run, torchrun
 from test_train import averages, checkpoint, read_log
 
-from data import Loader
+from loader import Loader
 
 RUN = [*TINY, "--max_iters=24", "--log_interval=1", "--eval_interval=8", "--checkpoint_interval=3", "--bp_warmup=0.0"]
 

@@ -1,15 +1,21 @@
 """From pairs to rows: sources, documents, what is refused, and the packing plan."""
 
 import json
+import os
+import shutil
+import signal
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from scripts import ROOT, TINY, run
 
 import data
-from data import Loader, prefetch, prepare
+from data import prepare
+from loader import Loader, open_split, prefetch, read_index
 from model import IGNORE
 from sources import word_problems
 from tokenizer import encode_prompt, load_encoding, make_encoding, read_meta
@@ -27,7 +33,7 @@ def texts_of(directory, split):
     """The documents of a split, decoded."""
     encoding, meta = load_encoding(directory), read_meta(directory)
     tokens = np.fromfile(directory / f"{split}.bin", dtype=meta["dtype"])
-    ends = data.read_index(directory, split)[:, 0]
+    ends = read_index(directory, split)[:, 0]
     return [encoding.decode(d.tolist()) for d in np.split(tokens, ends)[:-1]]
 
 
@@ -43,7 +49,7 @@ def test_document_format(tmp_path):
     boq, eoq, eoa, direct, cot, noisy, synth = range(256, 263)
     want = [boq, synth, cot, *b"2<|im_end|>?", eoq, *b"<|box_end|>4", eoa]
     assert tokens == want
-    assert data.read_index(tmp_path / "d", "train").tolist() == [[len(want), want.index(eoq) + 1]]
+    assert read_index(tmp_path / "d", "train").tolist() == [[len(want), want.index(eoq) + 1]]
     assert encode_prompt(make_encoding("bytes"), "2<|im_end|>?", "synth,cot") == want[: want.index(eoq) + 1]
     batch = next(Loader(tmp_path / "d", "train", 1, 64, epochs=1))
     n, p = len(want), want.index(eoq) + 1
@@ -115,11 +121,13 @@ def test_gsm8k_answers(tmp_path):
 BAD = [
     ("{not json", "not a JSON object"),
     ("[1, 2]", "not a JSON object"),
-    ('{"instruction": "a"}', "no text in the field 'response'"),
+    ('{"instruction": "a"}', "no field 'response'"),
+    ('{"instruction": "a", "response": null}', "no text in the field 'response'"),
     ('{"instruction": 3, "response": "b"}', "no text in the field 'instruction'"),
     ('{"instruction": "  ", "response": "b"}', "empty instruction"),
     ('{"instruction": "a", "response": ""}', "empty response"),
-    ('{"instruction": "a", "response": "b", "condition": "cto"}', "unknown condition 'cto'"),
+    ('{"instruction": "a", "response": "b", "condition": "cto"}', "unknown condition"),
+    ('{"instruction": "a", "response": "b", "condition": ["c"]}', "unknown condition"),
 ]
 
 
@@ -156,14 +164,66 @@ def test_a_dataset_is_replaced_whole_and_other_directories_are_left_alone(tmp_pa
     assert texts_of(tmp_path / "d", "train") == before
     prepare(tmp_path / "d", source=write_jsonl(tmp_path / "less.jsonl", ROWS[:10]), val_fraction=0.0)
     assert len(texts_of(tmp_path / "d", "train")) == 10
-    (tmp_path / "mine").mkdir()
+    for name in "ckpt.pt", "ckpt-00000100.pt", "run.json", "notes.txt":
+        (tmp_path / "d" / name).touch()
+        with pytest.raises(ValueError, match=f"holds what data.py did not write .{name}.; choose"):
+            prepare(tmp_path / "d", source=good)
+        (tmp_path / "d" / name).unlink()
+    (tmp_path / "d" / "train.idx").unlink()
     with pytest.raises(ValueError, match="no prepared dataset"):
-        prepare(tmp_path / "mine", source=good)
+        prepare(tmp_path / "d", source=good)
+
+
+def test_a_dataset_whose_replacement_was_killed_between_its_two_renames_is_there(workplace):
+    sizes = "--n_problems=50", "--n_val_problems=5"
+    done = run(workplace, "tests/crash.py", ROOT / "data.py", *sizes, ok=False, CRASH="replace 2")
+    assert done.returncode == -signal.SIGKILL and not (workplace / "data" / "problems").exists()
+    done = run(workplace, "train.py", *TINY, "--max_iters=1")
+    assert "killed while it replaced this dataset; now the new one is in place" in done.stdout
+    assert read_meta(workplace / "data" / "problems")["splits"]["train"]["documents"] == 50
+    assert os.listdir(workplace / "data") == ["problems"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"instruction": "q", "response": "a", "condition": "tag"}])
+def test_a_wrong_column_is_told_with_the_columns_there_are(tmp_path, fields):
+    """A name in --fields must be right, that of the condition too; without, the condition is optional."""
+    source = write_jsonl(tmp_path / "x.jsonl", [{"q": "a", "a": "b"}])
+    with pytest.raises(ValueError) as e:
+        prepare(tmp_path / "d", source=source, fields=fields)
+    what = f"no field '{fields.get('condition', 'instruction')}': the row's fields are 'q', 'a'; name them as in"
+    assert f"""x.jsonl, line 1: {what} --fields="{{'instruction': 'q', 'response': 'a'}}";""" in str(e.value)
+    with pytest.raises(ValueError, match="dropped: 1 no field '.*'; --skip_bad=False tells where"):
+        prepare(tmp_path / "d", source=source, fields=fields, skip_bad=True, val_fraction=0.0)
+
+
+def test_few_rows_are_in_work_at_a_time_if_they_are_large():
+    taken, large = [], ("x" * 2**24,)
+    results = data.in_threads(lambda i, pair: i, ((taken.append(i) or i, large) for i in range(20)), 8)
+    assert next(results) == 0 and len(taken) <= 4
+    assert [*results] == [*range(1, 20)] == taken[1:]
 
 
 def test_an_unknown_setting_is_refused(tmp_path):
     with pytest.raises(TypeError, match="no setting sauce"):
         prepare(tmp_path / "d", sauce="problems")
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("x.json", b"", "x.json is empty"),
+        ("x.json", b"null", "x.json, line 1: not a JSON object"),
+        ("x.json", b'[{"instruction": "a"', "x.json is damaged: "),
+        ("x.json", b"[" * 100000, "x.json is damaged: "),
+        ("x.json", b"[[1, 2]]", "x.json, row 0: not a JSON object"),
+        ("x.json", b'{"data": []}', "x.json, line 1: no field 'instruction': the row's fields are 'data'"),
+        ("x.parquet", b"PAR1" + bytes(100), "cannot load the dataset .*x.parquet, split train: ArrowInvalid: Parquet "),
+    ],
+)
+def test_a_damaged_source(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        prepare(tmp_path / "d", source=str(tmp_path / name))
 
 
 def test_a_source_that_is_not_there(tmp_path):
@@ -267,12 +327,35 @@ def test_seeds_and_epochs_differ(varied):
     loader = Loader(varied, "train", 1, 2048, seed=1)
     orders = [loader._permutation(epoch) for epoch in (0, 1)]
     assert not np.array_equal(*orders) and np.array_equal(*map(np.sort, orders))
+    for epoch, order in enumerate(orders):  # in plain words; a checkpoint counts on it
+        assert np.array_equal(order, np.random.default_rng((1, epoch)).permutation(2000))
 
 
 def test_documents_longer_than_a_row_are_left_out_and_counted(varied):
     loader = Loader(varied, "train", 2, 256)
-    assert loader.left_out == int((loader.lengths > 256).sum()) > 0
+    lengths = np.diff(open_split(varied, "train")[1], prepend=0) - 1
+    assert loader.left_out == (lengths > 256).sum() > 0 and loader.n_tokens == lengths[lengths <= 256].sum()
     epoch, encoding = Loader(varied, "train", 2, 256, epochs=1), load_encoding(varied)
     assert sum(len(documents_in(batch, encoding)) for batch in epoch) == 2000 - loader.left_out
     with pytest.raises(ValueError, match="no document"):
         Loader(varied, "train", 2, 8)
+
+
+@pytest.mark.parametrize("change", [dict(cursor=2000), dict(waiting=[2000]), dict(waiting=["1"]), dict(epoch=-1)])
+def test_a_place_that_is_not_there_is_refused(varied, change):
+    state = Loader(varied, "train", 4, 2048).state | change
+    with pytest.raises(ValueError, match="the loader's state is damaged: .* has no such place"):
+        Loader(varied, "train", 4, 2048, state=state)
+
+
+def test_the_loader_holds_four_bytes_per_document(varied, tmp_path):
+    shutil.copy(varied / "meta.json", tmp_path)
+    n, lengths = 10**6, np.random.default_rng(0).integers(10, 300, 10**6)
+    np.stack((lengths.cumsum(), lengths // 2), axis=1).tofile(tmp_path / "train.idx")
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.truncate(2 * int(lengths.sum()))
+    tracemalloc.start()
+    loader = Loader(tmp_path, "train", 4, 1024)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loader.plan["documents"] == n and held < 5 * n and peak < 8 * n + 2**25

@@ -1,13 +1,15 @@
 """The rooms of the program: which may look into which, and that to enter one does nothing."""
 
 import ast
+import shutil
 import subprocess
 import sys
+from importlib.machinery import all_suffixes
 
-from scripts import ENV, ROOT
+from scripts import ENV, ROOT, TINY, run
 
 ROOMS = "configurator common attention model optim tokenizer generate hf ranks checkpoint report plot".split()
-ROOMS += "sources data tasks train sample eval bench".split()
+ROOMS += "sources loader data tasks train sample eval bench".split()
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
 EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb".split()
 
@@ -29,7 +31,17 @@ def test_imports_go_downwards():
         text = (ROOT / f"{room}.py").read_text(encoding="utf-8")
         tree = ast.parse(text)
         assert project_imports(tree.body) <= {*ROOMS[:i]}, room
-        assert project_imports(ast.walk(tree)) <= {*ROOMS[:i]} | UPWARDS.get(room, set()), room
+        assert project_imports(ast.walk(tree)) <= {*ROOMS[:i]} - {"data"} | UPWARDS.get(room, set()), room
+
+
+def test_a_package_in_data_is_never_run(tmp_path):
+    """data/ is where archives are unpacked, and `import data` would prefer a package there to data.py."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "data").mkdir()
+    for suffix in all_suffixes():
+        (tmp_path / "data" / f"__init__{suffix}").write_text("raise SystemExit('a file in data/ was run')")
+    run(tmp_path, tmp_path / "train.py", *TINY, "--max_iters=1")  # which makes data/problems, too
 
 
 def test_importing_does_nothing():

@@ -1,0 +1,231 @@
+"""Reading a prepared dataset, and packing its documents into rows. data.py writes it:
+
+    <split>.bin    the ids of all documents back to back, uint16 or uint32
+    <split>.idx    two int64 per document: where it ends in the bin, and the length of its prefix
+
+Both stay on the disk, memory-mapped; this process holds the order of an epoch, 4 bytes per document.
+"""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common import check_types, errors_name_file
+from model import IGNORE
+from tokenizer import read_meta
+
+
+# ---- the files of a split ----
+def read_index(directory, split):
+    """(n, 2) int64: where each document ends in the bin, and the length of its prefix."""
+    path = Path(directory, f"{split}.idx")
+    size = path.stat().st_size
+    if size % 16:
+        raise ValueError(f"{path} is damaged: its {size} bytes are not two int64 per document")
+    return np.asarray(np.memmap(path, dtype="<i8", mode="r") if size else np.zeros(0, np.int64)).reshape(-1, 2)
+
+
+def open_split(directory, split):
+    """(tokens, ends, prefixes) of a split, memory-mapped: document d is tokens[ends[d - 1] : ends[d]], the first of all
+    begins at 0, and prefixes[d] of its ids are the prefix. Raises ValueError if the files cannot be right."""
+    dtype, bin = np.dtype(read_meta(directory)["dtype"]), Path(directory, f"{split}.bin")
+    ends, prefixes = read_index(directory, split).T
+    for first, starts, stops in chunks(ends):
+        n_prefix = prefixes[first : first + len(starts)]
+        valid = (starts < stops) & (1 <= n_prefix) & (n_prefix < stops - starts)
+        if not valid.all():
+            i = int(valid.argmin())
+            claim = f"from {starts[i]} to {stops[i]}, prefix {n_prefix[i]}"
+            raise ValueError(f"{bin.with_suffix('.idx')} is damaged: document {first + i} cannot be {claim}")
+    size, want = bin.stat().st_size, int(ends[-1]) * dtype.itemsize if len(ends) else 0
+    if size != want:
+        raise ValueError(f"{bin} is damaged: it has {size:,} bytes, not {want:,}")
+    return np.asarray(np.memmap(bin, dtype=dtype, mode="r") if size else np.zeros(0, dtype)), ends, prefixes
+
+
+def document(tokens, ends, prefixes, d):
+    """The ids of open_split()'s document d, and the length of its prefix."""
+    return tokens[ends[d - 1] if d else 0 : ends[d]].tolist(), int(prefixes[d])
+
+
+def spans(ends, documents):
+    """(starts, ends) in the bin, of documents (int64)."""
+    return ends[documents - 1] * (documents > 0), ends[documents]
+
+
+def chunks(ends, size=2**18):
+    """(first document, starts, ends) of all documents, a chunk at a time: arrays of all would take gigabytes."""
+    for first in range(0, len(ends), size):
+        bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first : first + size]))
+        yield first, bounds[:-1], bounds[1:]
+
+
+# ---- packing ----
+class Batch(NamedTuple):
+    """One rank's rows of a step, each (rows, T), and four facts of the whole step, all ranks included."""
+
+    idx: torch.Tensor  # int64 tokens, 0 in padding
+    targets: torch.Tensor  # int64, IGNORE in prefixes and padding
+    doc: torch.Tensor  # int64 number of the document within its row, -1 in padding
+    prefix: torch.Tensor  # bool
+    n_targets: int
+    n_tokens: int
+    documents: list  # their numbers in the split
+    state: dict  # of the loader, after this step
+
+
+class Loader:
+    """Iterates over steps of `rows` rows of `block_size` tokens, packed from whole documents.
+
+    An epoch is a seeded permutation of the documents. A step fills its rows from a pool of the next documents; those
+    left in the pool wait for the next step, so every document is seen exactly once per epoch. The plan depends on
+    seed, rows and block_size only: rank r takes its share of the same rows. `epochs` limits the passes (the last step
+    may then hold padding); without it, epochs overlap by a few documents. `state` is that after the last step taken."""
+
+    LOOKAHEAD_DOCS = 128  # documents to choose from
+
+    def __init__(self, directory, split, rows, block_size, seed=0, rank=0, world_size=1, epochs=None, state=None):
+        if rows < world_size:
+            raise ValueError(f"a step of {rows} rows is too small for {world_size} ranks: each needs at least one")
+        self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
+        self.own_rows = slice(rank, None, world_size)
+        meta, self.bin = read_meta(directory), Path(directory, f"{split}.bin")
+        self.tokens, self.ends, self.prefixes = open_split(directory, split)
+        self.vocab_size = meta["vocab_size"]
+        eligible, self.n_tokens = self._eligible()
+        self.left_out = len(self.ends) - len(eligible)
+        if not len(eligible):
+            raise ValueError(f"{directory}: no document of the {split} split fits into block_size = {block_size}")
+        mean = self._lengths(eligible[:100000].astype(np.int64)).mean()
+        self.pool_tokens = rows * block_size + self.LOOKAHEAD_DOCS * mean
+        checksum = str(meta["checksums"].get(self.bin.name))
+        self.plan = {"seed": seed, "documents": len(eligible), "checksum": checksum}
+        self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
+        with errors_name_file("the loader's state"):
+            check_types(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
+            for key, value in self.plan.items():
+                if self.state[key] != value:
+                    change = f"{key} is {value}, in the loader's state {self.state[key]}"
+                    raise ValueError(f"{directory} gives another plan than the run had: {change}")
+            known = self.state["epoch"] >= 0 and 0 <= self.state["cursor"] < len(eligible)
+            if not known or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):
+                raise ValueError(f"{directory} has no such place in it")
+        self.order = self._permutation(self.state["epoch"])
+
+    def _lengths(self, documents):
+        """Input tokens of documents (int64): all but their last."""
+        starts, ends = spans(self.ends, documents)
+        return ends - starts - 1
+
+    def _eligible(self):
+        """The documents that fit into a row (all, unless prepared for a larger block_size), and their tokens in all."""
+        found, n, n_tokens = np.empty(len(self.ends), np.uint32 if len(self.ends) < 2**32 else np.int64), 0, 0
+        for first, starts, ends in chunks(self.ends):
+            fits = np.flatnonzero(ends - starts <= self.block_size + 1)
+            found[n : n + len(fits)] = first + fits
+            n += len(fits)
+            n_tokens += int((ends - starts - 1)[fits].sum())
+        return found[:n], n_tokens
+
+    def _permutation(self, epoch):
+        order, _ = self._eligible()
+        np.random.default_rng((self.seed, epoch)).shuffle(order)
+        return order
+
+    def _next_rows(self):
+        """The next step's rows, each an array of documents. Raises StopIteration after the last epoch."""
+        epoch, cursor, waiting = (self.state[key] for key in ("epoch", "cursor", "waiting"))
+        pool = [np.array(waiting, dtype=np.int64)]
+        lengths = [self._lengths(pool[0])]
+        tokens = lengths[0].sum()
+        while tokens < self.pool_tokens and (self.epochs is None or epoch < self.epochs):
+            pool.append(self.order[cursor : cursor + 64].astype(np.int64))
+            lengths.append(self._lengths(pool[-1]))
+            tokens += lengths[-1].sum()
+            cursor += len(pool[-1])
+            if cursor == len(self.order):
+                epoch, cursor = epoch + 1, 0
+                self.order = self._permutation(epoch)
+        pool, lengths = np.concatenate(pool), np.concatenate(lengths)
+        if not len(pool):
+            raise StopIteration
+        rows, free = [], np.ones(len(pool), dtype=bool)
+        for _ in range(self.n_rows):
+            row, room = [], self.block_size
+            while True:
+                near = np.flatnonzero(free)[: self.LOOKAHEAD_DOCS]  # the oldest of all opens a row
+                near = near[lengths[near] <= room]
+                if not len(near):
+                    break
+                if not row or room - lengths[near[0]] >= 2 * lengths[near].mean():
+                    chosen = near[:1]
+                else:  # little room is left: close it with the one or two documents that fill it best
+                    chosen = best_fit(near, lengths[near], room)
+                free[chosen] = False
+                row.extend(chosen)
+                room -= lengths[chosen].sum()
+            rows.append(pool[row])
+        self.state = {"epoch": epoch, "cursor": cursor, "waiting": pool[free].tolist(), **self.plan}
+        return rows
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rows = self._next_rows()
+        documents = np.concatenate(rows)
+        n_tokens = int(self._lengths(documents).sum())
+        n_targets = n_tokens + len(documents) - int(self.prefixes[documents].sum())
+        rows = rows[self.own_rows]
+        shape = (len(rows), self.block_size)
+        idx, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        doc, prefix = np.full(shape, -1, np.int64), np.zeros(shape, bool)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, (first, last, n_prefix) in enumerate(zip(*spans(self.ends, row), self.prefixes[row])):
+                document = self.tokens[first:last]
+                end, response = start + len(document) - 1, start + n_prefix
+                idx[r, start:end] = document[:-1]
+                targets[r, response - 1 : end] = document[n_prefix:]  # eoq predicts the first
+                doc[r, start:end] = number
+                prefix[r, start:response] = True
+                start = end
+        largest = max(idx.max(), targets.max())
+        if largest >= self.vocab_size:
+            own = np.concatenate(rows)
+            d = next(d for d, first, last in zip(own, *spans(self.ends, own)) if largest in self.tokens[first:last])
+            beyond = f"the id {largest}, beyond the vocabulary of {self.vocab_size}"
+            raise ValueError(f"{self.bin}: document {d} has {beyond}")
+        tensors = map(torch.from_numpy, (idx, targets, doc, prefix))
+        return Batch(*tensors, n_targets, n_tokens, documents.tolist(), self.state)
+
+
+def best_fit(items, lengths, room):
+    """The one or two of `items` whose lengths come nearest to room without exceeding it."""
+    order = np.argsort(lengths, kind="stable")
+    items, lengths = items[order], lengths[order]
+    partner = np.minimum(np.searchsorted(lengths, room - lengths, side="right") - 1, np.arange(len(items)) - 1)
+    total = np.where(partner >= 0, lengths + lengths[partner], 0)
+    best = int(total.argmax())
+    return items[[best, partner[best]]] if total[best] > lengths[-1] else items[-1:]
+
+
+def prefetch(loader, pin=False, depth=3):
+    """The loader's batches, taken ahead by a thread, with `pin` in pinned memory. An error comes in its turn."""
+
+    def take():
+        batch = next(loader, None)
+        if batch and pin:
+            batch = batch._replace(**{name: getattr(batch, name).pin_memory() for name in batch._fields[:4]})
+        return batch
+
+    with ThreadPoolExecutor(1) as thread:
+        jobs = deque(thread.submit(take) for _ in range(depth))
+        while batch := jobs.popleft().result():
+            jobs.append(thread.submit(take))
+            yield batch
+
