@@ -9,7 +9,7 @@ from tqdm import tqdm
 import ranks
 from generate import stream
 from ranks import print0
-from tokenizer import special_id
+from tokenizer import load_encoding, special_id
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
 
@@ -63,12 +63,18 @@ class Progress:
         self.last_losses.append(f"{entry['loss']:.4f} at {step}")
 
 
-def print_answers(model, encoding, documents, max_new_tokens=64):
-    """Print the model's answers to documents, (ids, length of the prefix) each, after their instructions."""
-    compile_blocks, model.compile_blocks = model.compile_blocks, False  # compiling takes longer than so few tokens
+def print_answers(model, directory, documents, max_new_tokens=64):
+    """Print the instructions of documents, which are (ids, length of the prefix), and the model's answers to them."""
+    try:
+        encoding = load_encoding(directory)
+    except ImportError as e:  # training itself needs no tokenizer
+        return print0(f"  no sample answers: {e}")
+    special, compile_blocks = encoding._special_tokens.values(), model.compile_blocks
+    model.compile_blocks = False  # to compile would take longer than so few tokens
     for ids, n_prefix in documents:
         events = stream(model, [ids[:n_prefix]], max_new_tokens, stop_token=special_id(encoding, "eoa"))
         new = [id for step in events for _, id in step if id is not None]
-        instruction, answer = (" ".join(encoding.decode(part).split()) for part in (ids[1 : n_prefix - 1], new))
+        texts = (encoding.decode([id for id in part if id not in special]) for part in (ids[:n_prefix], new))
+        instruction, answer = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
         print0(f"  {instruction[-200:]} -> {answer}")
     model.compile_blocks = compile_blocks

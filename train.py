@@ -43,11 +43,11 @@ from common import (
     one_line,
     read_json,
 )
-from loader import Loader
+from loader import Loader, document, prefetch
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
 from ranks import any_rank, gather, print0
-from report import Progress
+from report import Progress, print_answers
 from tokenizer import FILES, check_file, load_encoding, read_meta, read_tokenizer, same_tokenizer
 
 # ---- settings ----
@@ -387,7 +387,10 @@ def main():
             files.log(iter=step, val_loss=result[0], val_accuracy=result[1])
             print0(f"step {step}: validation loss {result[0]:.4f}, token accuracy {result[1]:.1%}")
             if ranks.master and sample_prompts:
-                pass
+                some = range(min(sample_prompts, len(val_loader.ends)))
+                split = val_loader.tokens, val_loader.ends, val_loader.prefixes
+                with optimizer.averaged():
+                    print_answers(model, files.directory, [document(*split, d) for d in some])
         if is_last:
             break
 
