@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 import ranks
 from checkpoint import RunFiles
-from common import choose_device, errors_name_file, local_directory, one_line
+from common import Forgiving, choose_device, errors_name_file, local_directory, one_line
 from configurator import configure
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
@@ -296,6 +296,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 def main():
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)  # to print may fail, but never ends a run
     signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before the first step; nothing is lost"))
     model, optimizer, loader, val_loader, files, run = setup()
     stop_asked, on_cuda = ranks.catch_stop_signals(), device.startswith("cuda")
