@@ -94,7 +94,9 @@ def read_checkpoint(path):
             if not all(isinstance(x, PLAIN) for x in (value if isinstance(value, (tuple, list)) else [value])):
                 raise ValueError(f"the setting {key} is no plain value")
         shapes = weight_shapes(HRMConfig(**ckpt["config"]), len(ckpt["model"]))
-        states = ckpt["optimizer"]["state"]
+        states, [group] = ckpt["optimizer"]["state"], ckpt["optimizer"]["param_groups"]
+        if not sorted(states) == group["params"] == [*range(len(shapes) - 1)]:
+            raise ValueError("its optimizer is of other weights")
         weights, moments = list(ckpt["model"].items()), []
         for i, name in enumerate(name for name in shapes if name != "z_L_init"):
             check_types(states[i], step=int, m=torch.Tensor, v=torch.Tensor)

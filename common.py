@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -104,7 +105,8 @@ def errors_name_file(path, fault="is damaged"):
     try:
         yield
     except Exception as e:
-        raise ValueError(one_line(e) if str(path) in str(e) else f"{path} {fault}: {one_line(e)}") from None
+        named = re.search(rf"(?<!\S){re.escape(str(path))}([\s/:,;]|$)", one_line(e))
+        raise ValueError(one_line(e) if named else f"{path} {fault}: {one_line(e)}") from None
 
 
 def brief(value):

@@ -218,9 +218,9 @@ def save_hf_tokenizer(encoding, directory, condition="", block_size=4096):
 if __name__ == "__main__":
     with exit_on_error():
         held = [name for name in ("ckpt.pt", "run.json", "meta.json", "train.bin") if Path(export_dir, name).exists()]
-        if held:
-            advice = "--export_dir=NAME writes elsewhere"
-            raise ValueError(f"{export_dir} holds a run or a dataset ({', '.join(held)}); {advice}")
+        if held or not export_dir:
+            what = f"{export_dir} holds a run or a dataset ({', '.join(held)})" if held else "export_dir is empty"
+            raise ValueError(f"{what}; --export_dir=NAME writes elsewhere")
         model = HRM.from_pretrained(out_dir, average).to(choose_device("cpu", dtype)[1])
         encoding = load_encoding(out_dir)
         eoa = special_id(encoding, "eoa")
@@ -229,4 +229,5 @@ if __name__ == "__main__":
             save_hf_tokenizer(encoding, parts, choose_condition("", out_dir), model.config.block_size)
             names = ", ".join(sorted(path.name for path in parts.iterdir()))
         Path(export_dir, "chat_template.jinja").unlink(missing_ok=True)  # it would be preferred
-        print(f"{out_dir}: {sum(p.numel() for p in model.parameters()):,} weights in {dtype}; in {export_dir}: {names}")
+        n_params, kind = sum(p.numel() for p in model.parameters()), str(model.embed.dtype).removeprefix("torch.")
+        print(f"{export_dir}: {names}; the {n_params:,} weights of {out_dir}, in {kind}")

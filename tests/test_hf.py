@@ -257,7 +257,7 @@ def test_the_chat_template_makes_our_prefix(tmp_path):
 def test_export_answers_the_same(workplace):
     """train.py -> hf.py -> transformers alone; and sample.py and eval.py on the export as on the run."""
     run(workplace, "train.py", *TINY, "--max_iters=30", "--learning_rate=1e-2", "--ema=0.5")
-    assert "in hf: config.json, generation_config.json, model.saf" in run(workplace, "hf.py", "--export_dir=hf").stdout
+    assert "hf: config.json, generation_config.json, model.safe" in run(workplace, "hf.py", "--export_dir=hf").stdout
     question = "Tom has 12 apples and buys 9 more. How many apples does Tom have now?"
     asked = [f"--prompt={question}", "--max_new_tokens=20", "--dtype=float32"]
     said = [run(workplace, "sample.py", *asked, *init).stdout for init in ([], ["--init_from=hf"])]
