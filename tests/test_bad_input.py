@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -379,14 +380,22 @@ def test_fuzz_checkpoint(trained, tmp_path_factory, data):
     shutil.rmtree(place)
 
 
-def zipped(path, change, **options):
-    """Write a checkpoint's entries anew: change({name: bytes}) in place, then ZipFile(**options)."""
+def zipped(path, compressed=(), **changes):
+    """Write a checkpoint's entries anew, and those of `changes`."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    change(entries)
-    with zipfile.ZipFile(path, "w", **options) as archive:
+    entries |= {f"archive/{name}": content for name, content in changes.items()}
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
-            archive.writestr(name, content)
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name in compressed else zipfile.ZIP_STORED)
+
+
+def larger(path):
+    """Let an entry claim more bytes than the file has."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
+    path.write_bytes(content)
 
 
 def changed(change):
@@ -402,13 +411,13 @@ def changed(change):
 
 BOMB = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x0a\x85R."  # a pickle of 40 GiB
 CHECKPOINTS = {  # what to do to ckpt.pt: what the sentence must say
-    "compressed": (lambda path: zipped(path, dict, compression=zipfile.ZIP_DEFLATED), "compressed"),
-    "twice": (lambda path: zipped(path, lambda entries: entries.update({"archive/DATA.pkl": b"."})), "overlapping"),
-    "bomb": (lambda path: zipped(path, lambda entries: entries.update({"archive/data.pkl": BOMB})), "bytearray"),
-    "large pickle": (
-        lambda path: zipped(path, lambda entries: entries.update({"archive/data.pkl": b"(" * 2_000_000})),
-        "more than 1,048,576 bytes",
-    ),
+    "compressed": (lambda path: zipped(path, ["archive/data/0"]), "it has compressed or overlapping"),
+    "larger than the file": (lambda path: larger(path), "it has compressed or overlapping"),
+    "twice": (lambda path: zipped(path, **{"DATA.pkl": b"."}), "it has compressed or overlapping"),
+    "bomb": (lambda path: zipped(path, **{"data.pkl": BOMB}), "builtins bytearray, which train.py never writes"),
+    "large pickle": (lambda path: zipped(path, **{"data.pkl": b"(" * 2_000_000}), "more than 1,048,576 bytes"),
+    "other optimizer": (changed(lambda ckpt: ckpt["optimizer"]["state"].update({99: {}})), "is of other weights"),
+    "odd setting": (changed(lambda ckpt: ckpt["settings"].update(seed=torch.zeros(2))), "the setting seed is no plain"),
     "NaN": (changed(lambda ckpt: ckpt["model"]["H.0.o_proj"].view(-1)[7].fill_(math.nan)), "H.0.o_proj holds NaN"),
     "infinity": (changed(lambda ckpt: ckpt["optimizer"]["state"][0]["ema"][0].fill_(math.inf)), "embed holds NaN or i"),
     "integers": (changed(lambda ckpt: ckpt["model"].update(embed=ckpt["model"]["embed"].int())), "IntStorage"),
