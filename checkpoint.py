@@ -8,12 +8,15 @@
 A file may be damaged, or a stranger's: tensors and plain values are read from it, never code.
 """
 
+import itertools
 import json
 import math
 import os
+import pickletools
 import time
 import zipfile
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from threading import Thread
 
@@ -29,12 +32,16 @@ from model import HRM, HRMConfig, weight_shapes
 # "scratch", or what was fine-tuned; skipped counts the steps whose loss or gradient was not finite.
 CONTENT = dict(model=dict, optimizer=dict, config=dict, settings=dict, loader=dict)
 CONTENT |= dict(iter=int, tokens=int, skipped=int, origin=str, wandb_id=str)
+# All that its pickle may name, and its greatest size: other functions, and more of these, could fill the memory.
+PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
+PLAIN = bool, int, float, str, type(None)
+MAX_PICKLE = 2**20  # bytes; that of 700 layers
 
 
 def checkpoints(directory):
     """Paths of a run's checkpoints, newest first: ckpt.pt, and the ones before it."""
     older = sorted(Path(directory).glob(f"ckpt-{'[0-9]' * 8}.pt"), reverse=True)
-    return [path for path in (Path(directory, "ckpt.pt"), *older) if path.exists()]
+    return [path for path in (Path(directory, "ckpt.pt"), *older) if path.is_file()]
 
 
 def older_checkpoint(directory, step):
@@ -43,7 +50,8 @@ def older_checkpoint(directory, step):
 
 
 def load_checkpoint(directory):
-    """The newest whole checkpoint of a run; a line says so if that is not ckpt.pt. Raises ValueError or OSError."""
+    """The newest whole checkpoint of a run, and its path; a line says so if that is not ckpt.pt. Raises ValueError or
+    OSError."""
     damage = []
     for path in checkpoints(directory):
         try:
@@ -53,30 +61,58 @@ def load_checkpoint(directory):
             continue
         if path.name != "ckpt.pt":
             print(f"{'; '.join(damage) or f'{directory} has no ckpt.pt'}; using {path} instead (step {ckpt['iter']})")
-        return ckpt
+        return ckpt, path
     if damage:
         raise ValueError("; ".join(damage))
     raise FileNotFoundError(f"there is no checkpoint {Path(directory, 'ckpt.pt')}; train.py writes it to its out_dir")
 
 
 def read_checkpoint(path):
-    """The content of one checkpoint, all of it checked against its checksums, its keys and its own configuration."""
+    """The content of one checkpoint, all of it checked against its checksums, its keys and its own configuration.
+    Takes no more memory than the file."""
     with errors_name_file(path):
-        if wrong := zipfile.ZipFile(path).testzip():  # torch ignores the CRC32 that it writes with every tensor
-            raise ValueError(f"the checksum of {wrong} is wrong")
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            by_name = {entry.filename.lower(): entry for entry in entries}  # torch ignores the case
+            repeated = len(by_name) < len(entries) or sum(max(e.file_size, e.compress_size) for e in entries) > size
+            if repeated or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("it has compressed or overlapping entries, which train.py never writes")
+            for entry in (entry for name, entry in by_name.items() if name.endswith(".pkl")):
+                if entry.file_size > MAX_PICKLE:
+                    raise ValueError(f"{entry.filename} has more than {MAX_PICKLE:,} bytes")
+                named = {arg for op, arg, _ in pickletools.genops(archive.read(entry)) if op.name == "GLOBAL"}
+                if not named <= PICKLE_NAMES:
+                    raise ValueError(f"it has {', '.join(named - PICKLE_NAMES)}, which train.py never writes")
+            if wrong := archive.testzip():  # torch ignores the CRC32 that it writes with every tensor
+                raise ValueError(f"the checksum of {wrong} is wrong")
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_types(ckpt, **CONTENT)
+        if unknown := ckpt["config"].keys() - {field.name for field in fields(HRMConfig)}:
+            raise ValueError(f"{path} has a setting {min(unknown)}, which the model here does not know")
+        for key, value in ckpt["settings"].items():
+            if not all(isinstance(x, PLAIN) for x in (value if isinstance(value, (tuple, list)) else [value])):
+                raise ValueError(f"the setting {key} is no plain value")
         shapes = weight_shapes(HRMConfig(**ckpt["config"]), len(ckpt["model"]))
-        states = ckpt["optimizer"]["state"]
-        tensors = list(ckpt["model"].items())
+        states, [group] = ckpt["optimizer"]["state"], ckpt["optimizer"]["param_groups"]
+        if not sorted(states) == group["params"] == [*range(len(shapes) - 1)]:
+            raise ValueError("its optimizer is of other weights")
+        weights, moments = list(ckpt["model"].items()), []
         for i, name in enumerate(name for name in shapes if name != "z_L_init"):
             check_types(states[i], step=int, m=torch.Tensor, v=torch.Tensor)
-            tensors += [(name, tensor) for key, tensor in states[i].items() if key != "step"]
+            moments += [(name, states[i][key]) for key in "mv"]  # v may hold infinity: a gradient's square
+            weights += [(name, tensor) for key, tensor in states[i].items() if key not in ("step", "m", "v")]
+        tensors = weights + moments
         for name, tensor in tensors:
             if tuple(tensor.shape) != shapes.get(name) or tensor.dtype != torch.float32:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {shapes.get(name)}")
         if ckpt["model"].keys() != shapes.keys():
             raise ValueError("it lacks weights")
+        if sum(tensor.nbytes for _, tensor in tensors) > size:
+            raise ValueError("its tensors share memory")
+        for name, tensor in weights:
+            if not all(bound.isfinite() for bound in tensor.aminmax()):
+                raise ValueError(f"{name} holds NaN or infinity")
         return ckpt
 
 
@@ -85,7 +121,7 @@ def load_pretrained(name, average=True):
     directory = local_directory(name)
     if not checkpoints(directory):
         return load_hf(directory)
-    ckpt = load_checkpoint(directory)
+    ckpt, _ = load_checkpoint(directory)
     model, states = HRM(HRMConfig(**ckpt["config"])), ckpt["optimizer"]["state"]
     model.load_state_dict(ckpt["model"])
     for i, p in enumerate(model.parameters()):
@@ -94,12 +130,22 @@ def load_pretrained(name, average=True):
     return model
 
 
+def read_settings(directory, settings):
+    """Of the settings {name: value}, those that the run in a directory was started with, but for where it is."""
+    path = Path(directory, "run.json")
+    saved = read_json(path).get("settings") if path.exists() else {}
+    with errors_name_file(path):
+        names = (settings.keys() & saved.keys()) - {"out_dir", "init_from"}
+        check_types(saved, **{name: type(settings[name]) for name in names})
+        return {name: saved[name] for name in names}
+
+
 class RunFiles:
     """The files of a run. load() looks, claim() begins to write; then save() and log(), and wait() at the end."""
 
     def __init__(self, directory, keep=2, pin_memory=False):
         self.directory, self.keep, self.pin_memory = Path(directory), keep, pin_memory
-        self.saved = None  # step of the newest checkpoint
+        self.saved = self.loaded = None  # step of the newest checkpoint; the file that the run resumes from
         self.lock_handle = self.thread = self.wandb = None
         self.buffers = []
         ranks.before_exit.append(self.wait)
@@ -115,7 +161,7 @@ class RunFiles:
             self._refuse_other_runs()
             return init_from, None
         if checkpoints(out) or not claimed:
-            ckpt = load_checkpoint(out)
+            ckpt, self.loaded = load_checkpoint(out)
             self.saved = ckpt["iter"]
             return "resume", ckpt
         ranks.print0(f"{out} has no checkpoint yet, so its run starts over")
@@ -129,11 +175,12 @@ class RunFiles:
             self._lock()
             self._refuse_other_runs()  # another may have begun a moment ago
         claim = {"launch": ranks.launch_id, "init_from": origin, "settings": settings}
-        replace_file(out / "run.json", json.dumps(claim, indent=1).encode())
-        for name in "meta.json", "tokenizer.tiktoken":
-            replace_file(out / name, (data_dir / name).read_bytes())
-        if older_checkpoint(out, step).exists():  # ckpt.pt was damaged
-            os.replace(older_checkpoint(out, step), out / "ckpt.pt")
+        self.about = {"run.json": json.dumps(claim, indent=1).encode()}
+        self.about |= {name: (data_dir / name).read_bytes() for name in ("meta.json", "tokenizer.tiktoken")}
+        for name, content in self.about.items():
+            replace_file(out / name, content)
+        if self.loaded not in (None, out / "ckpt.pt"):  # which is damaged, or missing
+            os.replace(self.loaded, out / "ckpt.pt")
         for path in checkpoints(out)[1:]:
             if path > older_checkpoint(out, step):
                 path.unlink()
@@ -152,6 +199,28 @@ class RunFiles:
         except (ImportError, OSError):
             pass  # a system without such locks
 
+    def _is_ours(self):
+        """Whether the directory is still the one that is locked, and not removed, renamed, or since then another's."""
+        try:
+            return self.lock_handle is None or os.path.samestat(os.fstat(self.lock_handle), os.stat(self.directory))
+        except FileNotFoundError:
+            return False
+
+    def _find_place(self):
+        """Go on in a new directory where this run's is gone: what it has learnt would be lost, and in the old place
+        another run may have begun. Raises OSError."""
+        if self._is_ours():
+            return
+        self.wait()
+        gone, names = self.directory, (f"{self.directory.name}-{n}" for n in itertools.count(1))
+        place = next(path for path in map(gone.with_name, names) if not path.exists())
+        place.mkdir()
+        self.directory, self.saved = place, None
+        self._lock()
+        for name, content in self.about.items():
+            replace_file(self.directory / name, content)
+        ranks.print0(f"{gone} has been removed or replaced; this run goes on in {self.directory}, with a new log")
+
     def _refuse_other_runs(self):
         """Raise ValueError if the directory holds what a new run would overwrite."""
         names = "ckpt.pt", "run.json", "log.jsonl", "meta.json", "config.json"
@@ -166,6 +235,8 @@ class RunFiles:
         if self.thread and self.thread.is_alive() and not wait:
             return ranks.print0(f"step {step}: no checkpoint, as the one before is still being written")
         self.wait()
+        with suppress(OSError):  # whoever writes the checkpoint then meets it, and tells
+            self._find_place()
         if self.saved != step:
             content = self._copy_to_host(content)
             ranks.print0(f"step {step}: checkpoint; training waited {time.perf_counter() - clock:.3f} s")
@@ -200,6 +271,8 @@ class RunFiles:
                 file.flush()
                 os.fsync(file.fileno())
                 os.fsync(log.fileno())
+            if not self._is_ours():
+                raise OSError(f"{self.directory} has been removed or replaced")
             if self.keep > 1 and self.saved is not None and self.saved < ckpt["iter"] and newest.exists():
                 os.replace(newest, older_checkpoint(self.directory, self.saved))
             os.replace(part, newest)
@@ -220,6 +293,7 @@ class RunFiles:
         if ranks.master:
             entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
             try:
+                self._find_place()
                 with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
             except OSError as e:
@@ -229,9 +303,10 @@ class RunFiles:
 
 
 def logged_before(line, step):
-    """Whether a line of log.jsonl is whole, and was there when the checkpoint of this step was taken."""
+    """Whether a line of log.jsonl is whole, and was there when the checkpoint of this step was taken, or tells of a
+    step that went wrong."""
     try:
         entry = json.loads(line)
-        return entry["iter"] < step or (entry["iter"] == step and "val_loss" not in entry)
+        return "nonfinite" in entry or entry["iter"] < step or (entry["iter"] == step and "val_loss" not in entry)
     except (ValueError, KeyError, TypeError):
         return False

@@ -4,14 +4,18 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+
+MAX_JSON = 2**26  # bytes; in memory, JSON takes up to 25 times as much
 
 
 def choose_device(device, dtype):
@@ -98,16 +102,40 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+class Forgiving:
+    """stdout or stderr, of which a full disk, a closed terminal or `| head` loses text, but never ends the program."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # the shell's >&- leaves None, and the next file its number
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
 @contextmanager
 def exit_on_error(interrupted="interrupted"):
-    """Errors that a user can cause end the script with one sentence, and so does Ctrl-C."""
-    script = Path(sys.argv[0]).name
+    """Errors that a user can cause end the script with one sentence, and so does Ctrl-C; `| head` without a word."""
+    script, sys.stderr = Path(sys.argv[0]).name, Forgiving(sys.stderr)
     try:
         yield
+        print(end="", flush=True)  # what fails here is told, as elsewhere
+    except BrokenPipeError:
+        sys.exit(1)
     except (ValueError, OSError) as e:
         sys.exit(f"{script}: {one_line(e)}")
     except KeyboardInterrupt:
         sys.exit(f"{script}: {interrupted}")
+    finally:
+        sys.stdout = Forgiving(sys.stdout)  # Python flushes it once more
 
 
 @contextmanager
@@ -116,23 +144,31 @@ def errors_name_file(path, fault="is damaged"):
     try:
         yield
     except Exception as e:
-        raise ValueError(one_line(e) if str(path) in str(e) else f"{path} {fault}: {one_line(e)}") from None
+        named = re.search(rf"(?<!\S){re.escape(str(path))}([\s/:,;]|$)", one_line(e))
+        raise ValueError(one_line(e) if named else f"{path} {fault}: {one_line(e)}") from None
+
+
+def brief(value):
+    """A value of a file as text for a sentence. One that holds others may hold them without end."""
+    return repr(value)[:40] if isinstance(value, (bool, int, float, str)) else f"of type {type(value).__name__}"
 
 
 def check_types(content, **types):
-    """Raise KeyError or ValueError unless `content` is a dict with these keys, of these types."""
+    """Raise KeyError or ValueError unless `content` is a dict with these keys, of these types. An int is a count."""
     if not isinstance(content, dict):
-        raise ValueError(f"{str(content)[:40]!r} stands where a dict of {', '.join(types)} should")
+        raise ValueError(f"what is {brief(content)} stands where a dict of {', '.join(types)} should")
     for key, kind in types.items():
-        if type(content[key]) is not kind:
-            raise ValueError(f"{key} is {str(content[key])[:40]!r}, of type {type(content[key]).__name__}")
+        if type(content[key]) is not kind or (kind is int and not 0 <= content[key] < 2**63):
+            raise ValueError(f"{key} is {brief(content[key])}")
 
 
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError, or ValueError that names the file."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no {path}")
     with errors_name_file(path):
+        if Path(path).stat().st_size > MAX_JSON:
+            raise ValueError(f"it has more than {MAX_JSON:,} bytes")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
@@ -148,6 +184,20 @@ def replace_file(path, content):
         os.fsync(file.fileno())
     os.replace(part, path)
     sync_directory(part.parent)
+
+
+@contextmanager
+def replace_files(directory):
+    """Yields a directory to write to. Its files then take their places in `directory`, or after an error none does."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory, prefix=".part-") as part:
+        yield Path(part)
+        for path in Path(part).iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        for path in Path(part).iterdir():
+            os.replace(path, Path(directory, path.name))
+    sync_directory(directory)
 
 
 def sync_directory(directory):

@@ -6,12 +6,13 @@ python hf.py --out_dir=out --export_dir=out-hf       # exports a run of train.py
 from configurator import configure
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from common import choose_device, errors_name_file, exit_on_error, read_json
-from model import HRM, HRMConfig, weight_shapes
+from common import choose_device, errors_name_file, exit_on_error, read_json, replace_files
+from model import HRM, BlockWeights, HRMConfig, weight_shapes
 from tokenizer import CONDITIONS, SPECIAL, byte_alphabet, choose_condition, load_encoding, portable, special_id
 
 # ---- settings ----
@@ -61,10 +62,10 @@ def read_hf_config(path):
         """hf[key], if it is a bool or a number above 0 of this kind."""
         if key not in hf:
             raise ValueError(f"{path} lacks {key}")
-        value = float(hf[key]) if kind is float and type(hf[key]) is int else hf[key]
-        if type(value) is not kind or (kind is not bool and not value > 0):
+        value = hf[key]
+        if type(value) not in {kind, int if kind is float else kind} or (kind is not bool and not value > 0):
             want = "true or false" if kind is bool else "number that fits"
-            raise ValueError(f"{path}: {key} = {hf[key]!r} is no {want}")
+            raise ValueError(f"{path}: {key} = {value!r} is no {want}")
         return value
 
     if "embedding_scale" not in hf:
@@ -72,7 +73,8 @@ def read_hf_config(path):
     values = {ours: checked(theirs, kind) for theirs, (ours, kind) in HF_CONFIG.items()}
     # Where transformers wrote it, num_hidden_layers counts all applications of blocks.
     per_stack = "num_layers_per_stack" if "num_layers_per_stack" in hf else "num_hidden_layers"
-    return HRMConfig(n_layer=2 * checked(per_stack), **values)
+    with errors_name_file(path, "is of a model that cannot be"):
+        return HRMConfig(n_layer=2 * checked(per_stack), **values)
 
 
 def hf_names(ours, split=False):
@@ -91,17 +93,20 @@ def read_safetensors(directory):
     from safetensors.torch import load_file
 
     files, index, tensors = ["model.safetensors"], directory / "model.safetensors.index.json", {}
-    if index.exists() and not (directory / files[0]).exists():
+    if index.is_file() and not (directory / files[0]).is_file():
         with errors_name_file(index):
             files = sorted(set(read_json(index)["weight_map"].values()))
             for file in files:
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise ValueError(f"{index} names a file outside its directory: {file}")
     for path in (directory / file for file in files):
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
         with errors_name_file(path):
-            tensors |= load_file(path)
+            found = load_file(path)
+        if twice := found.keys() & tensors.keys():
+            raise ValueError(f"{path} holds {min(twice)}, as another file of {index.name} does")
+        tensors |= found
     return tensors
 
 
@@ -120,8 +125,11 @@ def load_hf(directory):
         for name in names:
             if name not in tensors:
                 raise ValueError(f"{directory} lacks the tensor {name}")
-            if tensors[name].shape != shape:
-                raise ValueError(f"{directory}: {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+            tensor, kinds = tensors[name], (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            if tensor.shape != shape:
+                raise ValueError(f"{directory}: {name} has shape {tuple(tensor.shape)}, not {shape}")
+            if tensor.dtype not in kinds or not all(bound.isfinite() for bound in tensor.float().aminmax()):
+                raise ValueError(f"{directory}: {name}, of {tensor.dtype}, holds integers, NaN or infinity")
         state[ours] = torch.cat([tensors.pop(name) for name in names]).float()
     if tensors:
         raise ValueError(f"{directory} has a tensor that is not of this model: {min(tensors)}")
@@ -132,12 +140,18 @@ def load_hf(directory):
 
 
 def save_hf(model, directory, **config):
-    """Write model.safetensors, config.json and generation_config.json; `config` adds to these two."""
+    """Write model.safetensors, config.json and generation_config.json; `config` adds to these two. Raises ValueError
+    if the model has a setting or a weight that transformers' does not have."""
     from safetensors.torch import save_file
 
-    directory, ours = Path(directory), model.config
+    directory, ours, state = Path(directory), model.config, model.state_dict()
+    block_weights = {f"{s}.{i}.{w}" for s in "HL" for i in range(ours.n_layer // 2) for w in BlockWeights._fields}
+    settings = {field.name for field in fields(ours) if getattr(ours, field.name)}  # 0, False and None mean: off
+    settings -= {name for name, _ in HF_CONFIG.values()} | {"n_layer", "expansion"}
+    if foreign := [*sorted(settings), *sorted(state.keys() - block_weights - HF_OUTSIDE.keys())]:
+        raise ValueError(f"a model with {foreign[0]} is no HRM of transformers: the layout has no place for that")
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {hf_names(name)[0]: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = {hf_names(name)[0]: t.detach().cpu().contiguous() for name, t in state.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     hf = {"architectures": ["HrmTextForCausalLM"], "dtype": str(model.embed.dtype).removeprefix("torch."), **HF_FIXED}
     hf |= {theirs: getattr(ours, name) for theirs, (name, _) in HF_CONFIG.items()}
@@ -198,15 +212,23 @@ def save_hf_tokenizer(encoding, directory, condition="", block_size=4096):
         "condition": condition,  # ours, for choose_condition()
         "chat_template": chat_template,
     }
-    Path(directory, "chat_template.jinja").unlink(missing_ok=True)  # it would be preferred
     write_json(Path(directory, "tokenizer.json"), encoding_to_hf(encoding))
     write_json(Path(directory, "tokenizer_config.json"), config)
 
 
 if __name__ == "__main__":
     with exit_on_error():
+        held = [name for name in ("ckpt.pt", "run.json", "meta.json", "train.bin") if Path(export_dir, name).exists()]
+        if held or not export_dir:
+            what = f"{export_dir} holds a run or a dataset ({', '.join(held)})" if held else "export_dir is empty"
+            raise ValueError(f"{what}; --export_dir=NAME writes elsewhere")
         model = HRM.from_pretrained(out_dir, average).to(choose_device("cpu", dtype)[1])
         encoding = load_encoding(out_dir)
         eoa = special_id(encoding, "eoa")
-        save_hf(model, export_dir, eos_token_id=eoa, pad_token_id=eoa)
-        save_hf_tokenizer(encoding, export_dir, choose_condition("", out_dir), model.config.block_size)
+        with errors_name_file(export_dir, "cannot be written"), replace_files(export_dir) as parts:
+            save_hf(model, parts, eos_token_id=eoa, pad_token_id=eoa)
+            save_hf_tokenizer(encoding, parts, choose_condition("", out_dir), model.config.block_size)
+            names = ", ".join(sorted(path.name for path in parts.iterdir()))
+        Path(export_dir, "chat_template.jinja").unlink(missing_ok=True)  # it would be preferred
+        n_params, kind = sum(p.numel() for p in model.parameters()), str(model.embed.dtype).removeprefix("torch.")
+        print(f"{export_dir}: {names}; the {n_params:,} weights of {out_dir}, in {kind}")

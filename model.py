@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import attend, flex_mask, padded_batches
-from common import compiled, upload
+from common import brief, compiled, upload
 
 IGNORE = -100  # target of positions that carry no loss
 LOGITS_PER_CHUNK = 2**28  # of the loss; a chunk takes 1 GB in fp32, and the peak is about 3 times that
+MAX_DEPTH = 10**4  # blocks that a forward pass may apply; the largest published model applies 288
 
 
 # ---- configuration ----
@@ -53,22 +54,36 @@ class HRMConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, field.type) and not (type(value) is int and field.type in (float, float | None)):
-                raise ValueError(f"{field.name} of a model cannot be {value!r}")
+            value, as_float = getattr(self, field.name), field.type in (float, float | None)
+            fits = isinstance(value, field.type) or (as_float and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and field.type is not bool):
+                raise ValueError(f"{field.name} of a model cannot be {brief(value)}")
+
+        def check(low, high, *names):
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise ValueError(f"{name} of a model must be {low} to {high}, not {brief(getattr(self, name))}")
+
+        size, factor = (1, 2**31 - 1), (1e-15, 1e15)  # a factor's square fits into fp32
+        check(*size, "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "H_cycles", "L_cycles")
+        check(*factor, "expansion", "rope_theta", "norm_eps")
         if self.n_ff is None:
             self.n_ff = -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
         if self.embed_scale is None:
             self.embed_scale = self.n_embd**0.5
-        for name in "vocab_size", "block_size", "n_head", "n_embd", "H_cycles", "L_cycles":
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a model must be at least 1, not {getattr(self, name)}")
-        if self.n_layer < 2 or self.n_layer % 2:
-            raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
         if self.head_dim is None:
             if self.n_embd % (2 * self.n_head):
                 raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head})")
             self.head_dim = self.n_embd // self.n_head
+        check(*size, "n_ff", "head_dim")
+        check(*factor, "embed_scale")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of channels")
+        if self.n_layer % 2:
+            raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
+        if self.n_layer // 2 * self.n_steps > MAX_DEPTH:
+            depth = f"n_layer / 2 * H_cycles * (L_cycles + 1) = {self.n_layer // 2 * self.n_steps:,}"
+            raise ValueError(f"{depth} blocks follow each other in this model, and {MAX_DEPTH:,} may")
 
     @property
     def n_steps(self):

@@ -63,11 +63,11 @@ def fresh_store(minutes):
     return dist.PrefixStore(prefix, store)
 
 
-def print0(*text, file=sys.stdout):
-    """Print, once for all ranks, without breaking the progress bar."""
+def print0(*text, file=None):
+    """Print, once for all ranks, without breaking the progress bar. To stdout, unless to `file`."""
     if master:
         tqdm.write(" ".join(map(str, text)), file=file)
-        file.flush()  # into a file or a pipe too
+        (file or sys.stdout).flush()  # into a file or a pipe too
 
 
 def shutdown(sentence="", status=1):

@@ -32,16 +32,15 @@ import torch
 
 import plot
 import ranks
-from checkpoint import RunFiles
+from checkpoint import RunFiles, read_settings
 from common import (
+    Forgiving,
     ThreadsByLoad,
-    check_types,
     choose_device,
     errors_name_file,
     finish_replacing,
     local_directory,
     one_line,
-    read_json,
 )
 from loader import Loader, document, prefetch
 from model import HRM, IGNORE, HRMConfig
@@ -251,24 +250,13 @@ def check_ranks_agree(data_dir):
     gather(ranks.Trouble(sentence) if differs else None)
 
 
-def settings_to_resume():
-    """The settings of the run in out_dir, as the command line changes them."""
-    path = Path(out_dir, "run.json")
-    if path.exists():
-        with errors_name_file(path):
-            saved = read_json(path)["settings"]
-            saved = {key: saved[key] for key in settings if key in saved and key not in ("out_dir", "init_from")}
-            check_types(saved, **{key: type(settings[key]) for key in saved})
-        globals().update(saved)
-    return configure(globals())
-
-
 def setup():
     """Returns model, optimizer, the two loaders, the run's files, and its progress: plain values of a checkpoint."""
     global settings, device, dtype, max_iters, bp_max, compile
     with ranks.abort_if_any():
         if init_from == "resume":
-            settings = settings_to_resume()
+            globals().update(read_settings(out_dir, settings))
+            settings = configure(globals())  # what the command line says goes first
         data_dir, out = Path("data", dataset), Path(out_dir)
         device, dtype = choose_device(device, dtype)
         ranks.start(device)
@@ -334,6 +322,7 @@ def setup():
 
 # ---- the run ----
 def main():
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)  # to print may fail, but never ends a run
     signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted before the first step; nothing is lost"))
     model, optimizer, loader, val_loader, files, run = setup()
     stop_asked, on_cuda = ranks.catch_stop_signals(), device.startswith("cuda")

@@ -9,8 +9,11 @@ from configurator import configure, settings_of
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import struct
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripts import ROOT, TINY, run
 
-from checkpoint import load_checkpoint
+from checkpoint import RunFiles, load_checkpoint
 from common import errors_name_file
 from data import prepare
 from loader import Loader
@@ -164,7 +167,8 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     ),
     "argument that is no value": (TRAIN + " --max_iters={[]:1}", None, "max_iters must be a whole number"),
     "argument beyond all numbers": (TRAIN + " --ema=1" + "0" * 400, None, "ema must be a number"),
-    "model beyond all memory": (f"{TRAIN} --out_dir=new --n_embd=1099511627776", None, "cannot be made here"),
+    "model beyond all memory": (f"{TRAIN} --out_dir=new --n_embd=1099511627776", None, "n_embd of a model must"),
+    "export over a run": ("hf.py --export_dir=out", None, "out holds a run or a dataset (ckpt.pt, run.json"),
     "tokenizer without all bytes": (
         "data.py --dataset=x --tokenizer=x.tiktoken",
         lambda place: (place / "x.tiktoken").write_text("YQ== 0\nYg== 0\n"),
@@ -357,7 +361,7 @@ def test_fuzz_bins(small, tmp_path_factory, name, changes, seal):
 
 def resume(place):
     """What train.py does with a checkpoint."""
-    ckpt = load_checkpoint(place)
+    ckpt, _ = load_checkpoint(place)
     model = HRM.from_pretrained(place)
     with errors_name_file(place / "ckpt.pt"):
         model.load_state_dict(ckpt["model"])
@@ -382,6 +386,82 @@ def test_fuzz_checkpoint(trained, tmp_path_factory, data):
         torch.save(replaced(ckpt, where, data.draw(values | tensors | st.just(...))), path)
     works_or_says(lambda: resume(place / "out"))
     shutil.rmtree(place)
+
+
+def zipped(path, compressed=(), **changes):
+    """Write a checkpoint's entries anew, and those of `changes`."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries |= {f"archive/{name}": content for name, content in changes.items()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name in compressed else zipfile.ZIP_STORED)
+
+
+def larger(path):
+    """Let an entry claim more bytes than the file has."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
+    path.write_bytes(content)
+
+
+def changed(change):
+    """A case: the content of a checkpoint, changed in place."""
+
+    def make(path):
+        ckpt = torch.load(path, weights_only=True)
+        change(ckpt)
+        torch.save(ckpt, path)
+
+    return make
+
+
+BOMB = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x0a\x85R."  # a pickle of 40 GiB
+CHECKPOINTS = {  # what to do to ckpt.pt: what the sentence must say
+    "compressed": (lambda path: zipped(path, ["archive/data/0"]), "it has compressed or overlapping"),
+    "larger than the file": (lambda path: larger(path), "it has compressed or overlapping"),
+    "twice": (lambda path: zipped(path, **{"DATA.pkl": b"."}), "it has compressed or overlapping"),
+    "bomb": (lambda path: zipped(path, **{"data.pkl": BOMB}), "builtins bytearray, which train.py never writes"),
+    "large pickle": (lambda path: zipped(path, **{"data.pkl": b"(" * 2_000_000}), "more than 1,048,576 bytes"),
+    "other optimizer": (changed(lambda ckpt: ckpt["optimizer"]["state"].update({99: {}})), "is of other weights"),
+    "odd setting": (changed(lambda ckpt: ckpt["settings"].update(seed=torch.zeros(2))), "the setting seed is no plain"),
+    "NaN": (changed(lambda ckpt: ckpt["model"]["H.0.o_proj"].view(-1)[7].fill_(math.nan)), "H.0.o_proj holds NaN"),
+    "infinity": (changed(lambda ckpt: ckpt["optimizer"]["state"][0]["ema"][0].fill_(math.inf)), "embed holds NaN or i"),
+    "integers": (changed(lambda ckpt: ckpt["model"].update(embed=ckpt["model"]["embed"].int())), "IntStorage"),
+    "shared": (
+        changed(lambda ckpt: ckpt["model"].update(embed=torch.zeros(1, 1).expand(263, 32))),
+        "its tensors share memory",
+    ),
+    "other setting": (changed(lambda ckpt: ckpt["config"].update(dropout=0.1)), "has a setting dropout, which the"),
+    "cursor": (changed(lambda ckpt: ckpt["loader"].update(cursor=10**9)), "the loader's state is damaged: it stands"),
+    "count": (changed(lambda ckpt: ckpt.update(iter=-1)), "iter is -1"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_that_train_never_writes(name, trained, tmp_path):
+    (tmp_path / "data").symlink_to(trained / "data")
+    shutil.copytree(trained / "out", tmp_path / "out")
+    change, sentence = CHECKPOINTS[name]
+    change(tmp_path / "out" / "ckpt.pt")
+    with pytest.raises(ValueError, match=sentence) as error:
+        resume(tmp_path / "out")
+    assert "damaged" in str(error.value) or name == "other setting"
+
+
+def test_only_what_was_loaded_becomes_the_checkpoint(trained, tmp_path):
+    """And not a damaged file beside it, of the same step."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    content = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    for names in ("ckpt.pt", "ckpt-00000001.pt"), ("ckpt-00000001.pt", "ckpt.pt"):
+        for name, text in zip(names, (content, b"junk")):
+            (tmp_path / "out" / name).write_bytes(text)
+        files = RunFiles(tmp_path / "out")
+        files.load("resume")
+        files.claim(trained / "data" / "problems", {}, "scratch")
+        os.close(files.lock_handle)
+        assert (tmp_path / "out" / "ckpt.pt").read_bytes() == content
 
 
 DEFAULTS = {}

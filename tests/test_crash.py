@@ -7,6 +7,8 @@ Runs that are killed, and go on to the same bits.
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,8 @@ import torch
 from scripts import ENV, ROOT, TINY, command, run, torchrun
 from test_train import averages, checkpoint, read_log
 
+from checkpoint import RunFiles
+from common import Forgiving, exit_on_error
 from loader import Loader
 
 RUN = [*TINY, "--max_iters=24", "--log_interval=1", "--eval_interval=8", "--checkpoint_interval=3", "--bp_warmup=0.0"]
@@ -176,6 +180,49 @@ def test_checkpoints_by_the_clock(workplace):
     assert len(list((workplace / "out").glob("ckpt-*.pt"))) > 1
 
 
+def test_a_directory_that_is_taken_away_is_left_alone(tmp_path, problems_dir, capsys):
+    """rm -rf out, and a second run in its place: the first goes on in a directory of its own."""
+    runs = []
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        runs.append(RunFiles(tmp_path / "out"))
+        runs[-1].load("scratch")
+        runs[-1].claim(problems_dir, {}, "scratch")
+        runs[-1].log(iter=1, loss=1.0)
+    first, second = runs
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    first.log(iter=2, loss=2.0)
+    first.save({"iter": 3, "model": torch.zeros(3)}, wait=True)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "out has been removed or replaced; this run goes on in" in capsys.readouterr().out
+    there = tmp_path / "out-1"
+    assert {path.name for path in there.iterdir()} == {*before, "ckpt.pt"} and read_log(there) == {2: 2.0}
+    assert checkpoint(there)["iter"] == first.saved == 3 and second.directory == tmp_path / "out"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
+def test_printing_never_ends_a_run(workplace, whole):
+    """Neither a full disk nor a closed stream, while it runs and at its end."""
+    start = shlex.join(map(str, command("train.py", *RUN)))
+    assert subprocess.run(f"{start} >&- 2>/dev/full", shell=True, cwd=workplace, env=ENV).returncode == 0
+    assert_same_run(workplace / "out", whole)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
+def test_a_reader_that_leaves_ends_a_script_quietly(monkeypatch, capfd):
+    """As head does; but a full disk under its output is told."""
+    for path, status in ("pipe", 1), ("/dev/full", "No space left on device"):
+        read, write = os.pipe() if path == "pipe" else (None, os.open(path, os.O_WRONLY))
+        if read:
+            os.close(read)
+        monkeypatch.setattr(sys, "stdout", open(write, "w"))
+        with pytest.raises(SystemExit) as end, exit_on_error():
+            print("text")
+        assert str(status) in str(end.value)
+        sys.stdout.flush()  # as Python does once more, and must not fail
+    Forgiving(open("/dev/full", "w", buffering=1)).write("a line\n")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
 def test_a_full_disk_does_not_stop_training(workplace, whole):
     (workplace / "out").mkdir()
@@ -210,6 +257,9 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(workplace, whole, wh
     assert done.returncode == 1 and (ranks > 1 or "Traceback" not in done.stderr)
     assert read_log(workplace / "out", "documents") == {5: documents}
     run(workplace, "train.py", *RUN, "--init_from=resume")
+    log = (workplace / "out" / "log.jsonl").read_text().splitlines(True)
+    assert [json.loads(line)["documents"] for line in log if "nonfinite" in line] == [documents]  # it stays
+    (workplace / "out" / "log.jsonl").write_text("".join(line for line in log if "nonfinite" not in line))
     if ranks == 1:
         assert_same_run(workplace / "out", whole)
 

@@ -1,13 +1,18 @@
 """The Hugging Face layout in both directions, with transformers as the independent judge."""
 
 import json
+import math
+import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import close
+from safetensors.torch import load_file, save_file
 from scripts import TINY, run
 from test_train import read_log
 
+from common import replace_files
 from generate import load_for_inference
 from hf import save_hf, save_hf_tokenizer
 from model import HRM, HRMConfig
@@ -87,8 +92,6 @@ def test_theirs_saved_ours_loaded(tmp_path, shape, layout):
     theirs.save_pretrained(tmp_path, max_shard_size="50KB" if layout == "sharded" else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (layout == "sharded")
     if layout == "split":
-        from safetensors.torch import load_file, save_file
-
         save_file(split_layout(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")
     ours = HRM.from_pretrained(tmp_path)
     assert ours.config.rope_theta == 5000.0 and ours.config.embed_scale == pytest.approx(10.0)
@@ -128,6 +131,12 @@ def test_the_published_form_of_the_config(tmp_path):
         ({"prefix_lm": "false"}, "prefix_lm = 'false' is no true or false"),
         ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": 3}, "rope_scaling"),
+        ({"rope_theta": 10**400}, "config.json is of a model that cannot be: rope_theta of a model must be"),
+        ({"embedding_scale": math.inf}, "config.json is of a model that cannot be: embed_scale of a model must be"),
+        ({"initializer_range": 5e-324, "embedding_scale": None}, "embed_scale of a model must be"),
+        ({"head_dim": 31}, "head_dim .31. must be even"),
+        ({"H_cycles": 10**9}, "blocks follow each other"),
+        ({"vocab_size": 10**12}, "vocab_size of a model must be"),
         ({"vocab_size": 301}, "embed_tokens.weight has shape"),
         ({"num_hidden_layers": 3}, "lacks the tensor model.H_module.layers.2"),
         ({"num_hidden_layers": 1}, "not of this model: model.H_module.layers.1"),
@@ -166,6 +175,57 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
         HRM.from_pretrained("nobody/nothing")
 
 
+@pytest.mark.parametrize("spoil", [lambda t: t * math.nan, lambda t: t / torch.eye(64, 256), torch.Tensor.int])
+def test_weights_that_are_no_numbers_are_named(tmp_path, spoil):
+    save_hf(random_model(CONFIGS[0]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.H_module.layers.1.mlp.down_proj.weight"
+    tensors[name] = spoil(tensors[name])
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name}, of .* holds integers, NaN or infinity"):
+        HRM.from_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path):
+    save_hf(random_model(CONFIGS[0]), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="b.safetensors holds lm_head.weight, as another file"):
+        HRM.from_pretrained(tmp_path)
+
+
+def test_what_the_layout_cannot_hold_is_refused(tmp_path):
+    @dataclass
+    class Config(HRMConfig):
+        dropout: float = 0.0
+
+    for dropout in 0.0, 0.1:
+        model = HRM(Config(vocab_size=67, n_layer=2, n_head=2, n_embd=32, dropout=dropout))
+        if dropout:
+            with pytest.raises(ValueError, match="a model with dropout is no HRM of transformers"):
+                save_hf(model, tmp_path)
+        else:
+            save_hf(model, tmp_path)
+    model = HRM(HRMConfig(vocab_size=67, n_layer=2, n_head=2, n_embd=32))
+    model.H[0].q_norm = torch.nn.Parameter(torch.ones(16))
+    with pytest.raises(ValueError, match="a model with H.0.q_norm is no HRM of transformers"):
+        save_hf(model, tmp_path)
+
+
+def test_an_export_replaces_all_files_or_none(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    with pytest.raises(OSError), replace_files(tmp_path) as parts:
+        (parts / "a").write_text("new")
+        raise OSError("no space left")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+    with replace_files(tmp_path) as parts:
+        (parts / "a").write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "old"}
+
+
 def test_a_vocabulary_larger_than_its_tokenizer(tmp_path):
     """Padded embeddings never come out as ids; a tokenizer with more ids than the model has is refused."""
     encoding = make_encoding("bytes")
@@ -197,7 +257,7 @@ def test_the_chat_template_makes_our_prefix(tmp_path):
 def test_export_answers_the_same(workplace):
     """train.py -> hf.py -> transformers alone; and sample.py and eval.py on the export as on the run."""
     run(workplace, "train.py", *TINY, "--max_iters=30", "--learning_rate=1e-2", "--ema=0.5")
-    run(workplace, "hf.py", "--export_dir=hf")
+    assert "hf: config.json, generation_config.json, model.safe" in run(workplace, "hf.py", "--export_dir=hf").stdout
     question = "Tom has 12 apples and buys 9 more. How many apples does Tom have now?"
     asked = [f"--prompt={question}", "--max_new_tokens=20", "--dtype=float32"]
     said = [run(workplace, "sample.py", *asked, *init).stdout for init in ([], ["--init_from=hf"])]

@@ -1,5 +1,6 @@
 """The model against its definition: a plain implementation, and the published code's numbers."""
 
+import math
 import os
 import random
 import re
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import close, documents, pack, plain_logits, tiny_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attention import flex_mask, padded_batches
 from generate import stream
-from model import HRM, HRMConfig, visible_keys
+from model import HRM, HRMConfig, output_and_mlp, visible_keys
 from optim import AdamATan2
 
 
@@ -120,6 +122,19 @@ def test_predicted_targets_are_counted(monkeypatch):
     monkeypatch.setattr("model.LOGITS_PER_CHUNK", 3 * 263)
     model(idx, targets, *rest)
     assert model.n_correct == (likeliest == targets).sum() >= some.sum() > 0
+
+
+def test_recomputed_blocks_drop_the_same_values(monkeypatch):
+    """With dropout, as the README suggests it, though nothing else draws numbers meanwhile."""
+    grads = []
+    monkeypatch.setattr("model.output_and_mlp", lambda *args: F.dropout(output_and_mlp(*args), 0.3))
+    model, row = tiny_model(), pack(documents(), 64)
+    for model.recompute_blocks in False, True:
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(*row, bp_steps=5)[1].backward()
+        grads.append(gradients(model))
+    assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
 
 
 def test_a_document_of_more_than_1024_tokens():
@@ -355,12 +370,17 @@ def test_sizes_of_the_published_models():
     assert block == pytest.approx(30.7e6, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "wrong", [dict(n_layer=3), dict(n_embd=33), dict(n_head=0), dict(L_cycles=0), dict(vocab_size=0)]
-)
+IMPOSSIBLE = [dict(n_layer=3), dict(n_embd=33), dict(n_head=0), dict(L_cycles=0), dict(vocab_size=0), dict(n_head=True)]
+IMPOSSIBLE += [dict(vocab_size=10**12), dict(H_cycles=10**9), dict(n_layer=20002), dict(n_ff=0), dict(head_dim=3)]
+IMPOSSIBLE += [{key: x} for key in ("rope_theta", "norm_eps", "embed_scale", "expansion") for x in (0, -1.0, 10**400)]
+IMPOSSIBLE += [dict(embed_scale=math.inf), dict(norm_eps=math.nan), dict(n_ff=2**31), dict(n_embd=10**400)]
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE)
 def test_impossible_shapes_are_refused(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=min(wrong)) as error:
         HRMConfig(**wrong)
+    assert len(str(error.value)) < 150
 
 
 def test_initial_weights():
