@@ -228,6 +228,14 @@ class RunFiles:
             advice = "--init_from=resume continues it, --out_dir=NAME starts elsewhere"
             raise ValueError(f"{self.directory} holds another run already ({', '.join(held)}): {advice}")
 
+    def start_wandb(self, project, id, settings):
+        """From now on, log() writes to W&B too."""
+        with errors_name_file("wandb", "(an extra: pip install wandb) cannot start"):
+            import wandb
+
+            wandb.init(project=project, id=id, resume="allow", config=settings)
+            self.wandb = wandb
+
     def save(self, content, wait=False):
         """Copy a checkpoint's content to host memory, and have a thread write it to ckpt.pt while training goes on,
         unless `wait`. While the one before is still being written, there is no checkpoint."""

@@ -44,6 +44,12 @@ def cpu_multiplies_bf16():
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
+def missing_compiler():
+    """The name of the C++ compiler that torch.compile would start, if it is not here, else None."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return None if os.name == "nt" or shutil.which(compiler) else compiler
+
+
 @cache
 def compiled(function, dynamic=False):
     """torch.compile(function), one for all callers."""

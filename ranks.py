@@ -120,6 +120,14 @@ def gather(value):
     return values
 
 
+def check_agreement(values):
+    """End all ranks unless they have the same values {name: value}."""
+    first = gather(values)[0]
+    differs = [f"{k} is {v!r} and not {first.get(k)!r}" for k, v in values.items() if v != first.get(k)]
+    sentence = f"unlike on rank 0, {'; '.join(differs)} (on {socket.gethostname()})"
+    gather(Trouble(sentence) if differs else None)
+
+
 @contextmanager
 def abort_if_any():
     """Inside, an error that a user can cause ends all ranks, with a sentence, when they next meet in gather()."""

@@ -13,10 +13,7 @@ whenever that was, goes on to the same weights, bit for bit; under torchrun --ma
 from configurator import configure
 
 import hashlib
-import os
-import shutil
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -40,6 +37,7 @@ from common import (
     errors_name_file,
     finish_replacing,
     local_directory,
+    missing_compiler,
     one_line,
 )
 from loader import Loader, document, prefetch
@@ -244,10 +242,7 @@ def check_ranks_agree(data_dir):
     ours = {f"{data_dir / name}": check_file(data_dir, name, meta) for name in FILES}
     ours |= {"the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__}
     ours |= {key: value for key, value in settings.items() if key != "out_dir"}
-    first = gather(ours)[0]
-    differs = [f"{k} is {v!r} and not {first.get(k)!r}" for k, v in ours.items() if v != first.get(k)]
-    sentence = f"unlike on rank 0, {'; '.join(differs)} (on {socket.gethostname()})"
-    gather(ranks.Trouble(sentence) if differs else None)
+    ranks.check_agreement(ours)
 
 
 def setup():
@@ -261,10 +256,9 @@ def setup():
         device, dtype = choose_device(device, dtype)
         ranks.start(device)
         check_settings()
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if compile and os.name != "nt" and not shutil.which(compiler):
+        if compile and (missing := missing_compiler()):
             compile = False
-            print0(f"torch.compile needs a C++ compiler, and there is no {compiler}: training is slower without")
+            print0(f"torch.compile needs a C++ compiler, and there is no {missing}: training is slower without")
         if device.startswith("cuda") and attention == "auto" and not compile:
             print0("attention: SDPA over padded documents, as FlexAttention needs compile=True")
         files, start_from, ckpt = RunFiles(out, keep_checkpoints, device.startswith("cuda")), init_from, None
@@ -302,11 +296,7 @@ def setup():
             print0(f"resuming {out} at step {run['iter']}; settings changed: {changed or 'none'}")
         if ranks.master:
             if wandb_log:
-                with errors_name_file("wandb", "(an extra: pip install wandb) cannot start"):
-                    import wandb
-
-                    wandb.init(project=wandb_project, id=run["wandb_id"], resume="allow", config=settings)
-                    files.wandb = wandb
+                files.start_wandb(wandb_project, run["wandb_id"], settings)
             files.claim(data_dir, settings, run["origin"])
     optimizer.param_groups[0].update(options)  # settings may change on the way
     optimizer.keep_average(bool(ema))
