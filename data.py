@@ -248,13 +248,13 @@ class Loader:
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
         with errors_name_file("the loader's state"):
             check_types(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
-            waiting = np.array(self.state["waiting"], dtype=np.int64)
-            if self.state["cursor"] >= len(self.eligible) or not ((0 <= waiting) & (waiting < len(lengths))).all():
-                raise ValueError("it stands where there are no documents")
             for key, value in self.plan.items():
                 if self.state[key] != value:
                     change = f"{key} is {value}, in the loader's state {self.state[key]}"
                     raise ValueError(f"{directory} gives another plan than the run had: {change}")
+            waiting = np.array(self.state["waiting"], dtype=np.int64)
+            if self.state["cursor"] >= len(self.eligible) or not ((0 <= waiting) & (waiting < len(lengths))).all():
+                raise ValueError("it stands where there are no documents")
         self.order = self._permutation(self.state["epoch"])
 
     def _permutation(self, epoch):
