@@ -209,8 +209,9 @@ def test_printing_never_ends_a_run(workplace, whole):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
-def test_a_reader_that_leaves_ends_a_script_quietly(monkeypatch, capfd):
+def test_a_reader_that_leaves_ends_a_script_quietly(monkeypatch):
     """As head does; but a full disk under its output is told."""
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # to be put back
     for path, status in ("pipe", 1), ("/dev/full", "No space left on device"):
         read, write = os.pipe() if path == "pipe" else (None, os.open(path, os.O_WRONLY))
         if read:
