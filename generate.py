@@ -102,7 +102,7 @@ def generate(model, prompts, max_new_tokens, **options):
 def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
     """The next ids (B,) from logits (B, vocab_size), none of banned_ids."""
     if banned_ids is not None:
-        logits = logits.index_fill(-1, banned_ids, -math.inf)
+        logits.index_fill_(-1, banned_ids, -math.inf)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()

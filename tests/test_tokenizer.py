@@ -205,7 +205,7 @@ def test_a_tokenizer_by_the_published_recipe(tmp_path, tokenizers):
         ({"added_tokens": [{"id": True, "content": "<x>"}]}, "no whole number"),
         ({"added_tokens": [{"id": 300, "content": 3}]}, "no tokenizer of byte-level BPE"),
         ({"added_tokens": [{"content": "<x>"}]}, "no tokenizer of byte-level BPE"),
-        ({"pre_tokenizer": split_by(r"\p{L}+")}, r"regex '\\\\p{L}\+' does not cover all text, such as"),
+        ({"pre_tokenizer": split_by(r"\p{L}+")}, r"regex '\\\\p{L}\+' does not cover all text, such as '1'"),
         ({"pre_tokenizer": split_by(r"\S+|[ \n]")}, "does not cover all text"),
         ({"pre_tokenizer": split_by("x*")}, "regex 'x.' matches where it takes no text"),
         ({"pre_tokenizer": split_by("(")}, "regex '.' cannot be used"),
@@ -242,6 +242,19 @@ def test_merges_that_tiktoken_would_make_otherwise_are_refused(tmp_path, tokeniz
     tokenizer, encoding = tokenizers.Tokenizer.from_file(str(path)), load_encoding(tmp_path)
     for text in "abc", "abcab", "aabcabcab", "bcabab":
         assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
+
+
+def test_a_token_that_two_pairs_make_has_the_rank_of_its_last_merge(tmp_path, tokenizers):
+    """tiktoken makes abc of ab and c, since ab has the lowest id; where the list has that pair counts."""
+    path, file = tmp_path / "tokenizer.json", hand_made([("a", "b"), ("a", "bc"), ("c", "d"), ("b", "c"), ("ab", "c")])
+    path.write_text(json.dumps(file))
+    tokenizer, encoding = tokenizers.Tokenizer.from_file(str(path)), load_encoding(tmp_path)
+    for text in "abcd", "abc", "bcd":
+        assert encoding.encode(text) == tokenizer.encode(text).ids
+    file["model"]["vocab"]["abc"] = 301
+    path.write_text(json.dumps(file))
+    with pytest.raises(ValueError, match="do not rise in the order of the merges"):
+        load_encoding(tmp_path)
 
 
 def test_possessive_repetitions_survive_the_export(tmp_path, tokenizers):
@@ -290,6 +303,13 @@ def test_a_text_that_tiktoken_cannot_split_is_a_bad_row(tmp_path, capfd):
     counts = prepare(tmp_path / "d", **options, skip_bad=True)["splits"]["train"]
     assert counts["documents"] == 2 and sum(counts["dropped"].values()) == 1
     assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_panic_of_rust_is_an_error():
+    encoding = Encoding("greedy", BYTES, r"(?:a|b)+(?=c)|[\s\S]", {}).checked()
+    with pytest.raises(ValueError, match="the regex .* fails on 'abab"):
+        encoding.encode("ab" * 600_000)
+    assert encoding.encode("ab") == [97, 98]
 
 
 def test_tiktoken_without_a_network_names_the_tokenizer(monkeypatch):
