@@ -100,7 +100,7 @@ class Encoding:
             raise ValueError(f"{name} has ids below 0 or above {2**31 - 1}")
         if normalizer not in (None, "NFC"):
             raise ValueError(f"{name} has the normalizer {normalizer!r}; only NFC is supported")
-        if len(pat_str) > 1024:  # one that is made to be slow takes 6 s
+        if len(pat_str) > 1024:  # one that is made to be slow takes 7 s
             raise ValueError(f"{name} has a regex of {len(pat_str):,} characters; at most 1,024 are supported")
 
     @cached_property
