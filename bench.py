@@ -317,7 +317,7 @@ def bench_data():
         repeats = -(-data_mb * 10**6 // small.stat().st_size)
         large.write_text(text * repeats, encoding="utf-8")
         options |= dict(source=str(large), tokenizer=str(dataset))
-        encoding, pairs = load_encoding(dataset), [to_pair(row, fields) for _, row in read_rows(str(small))]
+        encoding, pairs = load_encoding(dataset).tiktoken, [to_pair(row, fields) for _, row in read_rows(str(small))]
         texts = [text for pair in pairs for text in pair[:2]]
 
         def encode(pair):

@@ -156,7 +156,12 @@ def fit_document(encoding, o, split, where, pair):
     In place of a document that is dropped stands a text that says why; it is counted by what comes before a colon."""
     if isinstance(pair, str):
         return split, pair
-    ids, n_prefix = encode_document(encoding, *pair)
+    try:
+        ids, n_prefix = encode_document(encoding, *pair)
+    except ValueError as e:
+        if not o.skip_bad:
+            raise ValueError(f"{where}: {e}; --skip_bad=True leaves such rows out") from None
+        return split, str(e)
     limit = o.block_size + 1  # the last token of a document is never input
     if len(ids) > limit and o.too_long == "stop":
         raise ValueError(f"{where}: {len(ids)} tokens, longer than block_size = {o.block_size}")

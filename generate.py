@@ -29,7 +29,9 @@ def load_for_inference(name, average=True, device="auto", dtype="auto", compile=
     model, encoding = HRM.from_pretrained(source, average).to(device, dtype), load_encoding(source)
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {encoding.n_vocab} ids and the model {model.config.vocab_size}")
-    model.compute_dtype, model.usable_ids, model.compile_blocks = dtype, encoding.n_vocab, compile
+    without_token = torch.tensor([i for i in range(model.config.vocab_size) if i not in encoding.tokens], device=device)
+    model.banned_ids = without_token if len(without_token) else None
+    model.compute_dtype, model.compile_blocks = dtype, compile
     condition = choose_condition(condition, source)
     print(f"{name}, on {device}, {str(dtype).removeprefix('torch.')}; condition: {condition or 'none'}")
     return model, encoding, condition
@@ -50,7 +52,7 @@ def stream(
     At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
     Yields, step by step, a list of events (number of a prompt, its next id), where None for an id says that the answer
     is complete. The stop_token is no event; a document ends at block_size at the latest. Raises ValueError."""
-    if min(temperature, top_k or 0, max_new_tokens, slots or 0) < 0 or not 0 <= (top_p or 0) <= 1:
+    if not (temperature >= 0 and 0 <= (top_p or 0) <= 1) or min(top_k or 0, max_new_tokens, slots or 0) < 0:
         raise ValueError("temperature, top_k, max_new_tokens and slots must be at least 0, and top_p from 0 to 1")
     block_size, sizes = model.config.block_size, [len(p) for p in prompts]
     for n in sizes:
@@ -58,8 +60,8 @@ def stream(
             raise ValueError(f"a prompt must have 1 to block_size = {block_size} tokens; one has {n}")
     limits = [min(max_new_tokens, block_size + 1 - n) for n in sizes]  # a row of T tokens predicts one more
     n_slots = min(slots or len(prompts), len(prompts))
-    generator = None if seed is None else torch.Generator(model.embed.device).manual_seed(seed)
-    choose = partial(choose_ids, model.usable_ids, temperature, top_k, top_p, generator)
+    generator = None if seed is None else torch.Generator(model.embed.device).manual_seed(seed % 2**63)
+    choose = partial(choose_ids, model.banned_ids, temperature, top_k, top_p, generator)
     engine = Engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
     waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
     in_slot, n_generated, threads = [None] * n_slots, [0] * len(prompts), ThreadsByLoad()
@@ -98,18 +100,20 @@ def generate(model, prompts, max_new_tokens, **options):
     return new
 
 
-def choose_ids(usable_ids, temperature, top_k, top_p, generator, logits):
-    """The next ids (B,) from logits (B, vocab_size)."""
-    logits = logits[:, :usable_ids]
+def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
+    """The next ids (B,) from logits (B, vocab_size), none of banned_ids."""
+    if banned_ids is not None:
+        logits.index_fill_(-1, banned_ids, -math.inf)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
     if top_k:
-        logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-    if top_p and top_p < 1:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+    logits = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)  # finite in fp32
+    if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
-        ordered[p.cumsum(-1) - p >= top_p] = -math.inf  # the ids before it already have top_p; the first always stays
+        ordered[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = -math.inf  # the ids before it already have top_p
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 

@@ -167,15 +167,18 @@ def write_json(path, content):
 # ---- the tokenizer ----
 def encoding_to_hf(encoding):
     """The content of a tokenizer.json that gives the same ids as an Encoding."""
-    alphabet, ranks = byte_alphabet(), encoding._mergeable_ranks
+    alphabet, ranks = byte_alphabet(), encoding.ranks
     text = {token: "".join(alphabet[b] for b in token) for token in sorted(ranks, key=ranks.get)}
     # tiktoken merges any two neighbours that make a token, the lowest rank first: every such pair is a merge
     cuts = ((token[:i], token[i:]) for token in text for i in range(1, len(token)))
     merges = [[text[a], text[b]] for a, b in cuts if a in ranks and b in ranks]
     vocab = {t: ranks[token] for token, t in text.items()}
+    if both := vocab.keys() & encoding.special_tokens.keys():
+        raise ValueError(f"the layout cannot hold {min(both)!r} both as a special token and as another")
+    vocab |= encoding.special_tokens  # tokenizers gives those that are not in it the ids after it
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    regex = {"Regex": portable(encoding._pat_str)}
+    special = sorted(encoding.special_tokens.items(), key=lambda item: item[1])
+    regex = {"Regex": portable(encoding.pat_str)}
     split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     prefix = {"Sequence": {"id": "A", "type_id": 1}}  # token_type_ids 1 mark the prefix, all that a user encodes
@@ -183,6 +186,7 @@ def encoding_to_hf(encoding):
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": content, **flags} for content, i in special],
+        "normalizer": {"type": encoding.normalizer} if encoding.normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": template,
         "decoder": byte_level,

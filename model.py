@@ -218,7 +218,7 @@ class HRM(nn.Module):
         self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa
         self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
         self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
-        self.usable_ids = None  # if set, generation yields lower ids only: a vocabulary may exceed its tokenizer
+        self.banned_ids = None  # a tensor of the ids that generation never yields: those without a token
 
     def cast_weights(self):
         """The weights in the dtype of computation, for all uses in a step; gradients reach the originals."""

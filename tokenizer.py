@@ -2,7 +2,7 @@
 
     prompt = encode_prompt(load_encoding("out"), "What is 2+2?", "synth,cot")
 
-A tokenizer is a tiktoken Encoding with seven special tokens.
+A tokenizer is an Encoding: byte-level BPE, by tiktoken, with seven special tokens.
 A document is `boq, condition tags, instruction, eoq | response, eoa`; the part before the bar is its prefix.
 """
 
@@ -11,12 +11,14 @@ import hashlib
 import math
 import os
 import re
+import unicodedata
+from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import check_types, errors_name_file, local_directory, read_json, replace_file
+from common import check_types, errors_name_file, local_directory, one_line, read_json, replace_file
 
 CONDITIONS = {"direct": "<|object_ref_start|>", "cot": "<|object_ref_end|>"}
 CONDITIONS |= {"noisy": "<|quad_start|>", "synth": "<|quad_end|>"}
@@ -31,9 +33,9 @@ def token_dtype(vocab_size):
 
 
 def special_id(encoding, role):
-    if SPECIAL[role] not in encoding._special_tokens:
+    if SPECIAL[role] not in encoding.special_tokens:
         raise ValueError(f"the tokenizer {encoding.name} has no token for {role}: prepare the data anew")
-    return encoding._special_tokens[SPECIAL[role]]
+    return encoding.special_tokens[SPECIAL[role]]
 
 
 def condition_tags(condition):
@@ -47,14 +49,13 @@ def condition_tags(condition):
 def encode_prompt(encoding, instruction, condition=""):
     """The ids of a document's prefix. Text that spells a special token is plain text, never control."""
     tags = [special_id(encoding, tag) for tag in condition_tags(condition)]
-    ids = encoding.encode_ordinary(instruction)
-    return [special_id(encoding, "boq"), *tags, *ids, special_id(encoding, "eoq")]
+    return [special_id(encoding, "boq"), *tags, *encoding.encode(instruction), special_id(encoding, "eoq")]
 
 
 def encode_document(encoding, instruction, response, condition=""):
     """The ids of a document, and the length of its prefix."""
     prefix = encode_prompt(encoding, instruction, condition)
-    return [*prefix, *encoding.encode_ordinary(response), special_id(encoding, "eoa")], len(prefix)
+    return [*prefix, *encoding.encode(response), special_id(encoding, "eoa")], len(prefix)
 
 
 def choose_condition(condition, directory):
@@ -62,51 +63,140 @@ def choose_condition(condition, directory):
     had, as meta.json or tokenizer_config.json tells; else "synth,cot"."""
     if condition:
         return "" if condition == "none" else ",".join(condition_tags(condition))
-    if Path(directory, "meta.json").exists():
+    path, found = Path(directory, "meta.json"), {"condition": "synth,cot"}
+    if path.exists():
         counts = read_meta(directory)["splits"]["train"]["conditions"]
-        return max(counts, key=counts.get)
-    path = Path(directory, "tokenizer_config.json")
-    return read_json(path).get("condition", "synth,cot") if path.exists() else "synth,cot"
+        found["condition"] = max(counts, key=counts.get, default="")
+    elif (path := Path(directory, "tokenizer_config.json")).exists():
+        found |= read_json(path)
+    with errors_name_file(path):
+        check_types(found, condition=str)
+        return ",".join(condition_tags(found["condition"]))
+
+
+# ---- text -> ids ----
+BYTES = {bytes([i]): i for i in range(256)}
+MAX_BLANKS = 2**19  # in a row; at a million of them tiktoken panics
+KINDS = [*"a1 .Zzéßǅʰжאاि字한ᄒ٣½Ⅷ²_-'\"<|>$+€^🙂", "'s", "'LL", "\u0301", "\u200d", "\ue000", "\ufffd", "\U0010ffff"]
+KINDS += [*"\0\a\b\t\n\v\f\r\x1b\x1f\x7f\x85\xa0\u1680\u2028\u3000\ufeff", "\r\n", "\n\n", "  ", "   ", "\u0378"]
+
+
+class Encoding:
+    """Text -> ids -> text, by byte-level BPE. `ranks` is {bytes: id}, and the lowest id is merged first; `pat_str` is
+    the regex that splits text before; `normalizer` (None or "NFC") changes text before that; `special_tokens` is
+    {text: id}. Raises ValueError if the parts make no tokenizer."""
+
+    def __init__(self, name, ranks, pat_str, special_tokens, normalizer=None):
+        if {*map(type, ranks.values()), *map(type, special_tokens.values())} != {int}:
+            raise ValueError(f"{name} has an id that is no whole number")
+        self.name, self.ranks, self.pat_str = name, ranks, pat_str
+        self.special_tokens, self.normalizer = special_tokens, normalizer
+        self.tokens = {i: token for token, i in ranks.items()}
+        self.tokens |= {i: text.encode() for text, i in special_tokens.items()}
+        self.n_vocab = max(self.tokens) + 1  # some ids below may have no token
+        if len(self.tokens) < len(ranks) + len(special_tokens) or sum(len(token) == 1 for token in ranks) < 256:
+            raise ValueError(f"{name} is no byte-level BPE: a byte has no token, or two tokens have the same id")
+        if min(self.tokens) < 0 or self.n_vocab > 2**31:
+            raise ValueError(f"{name} has ids below 0 or above {2**31 - 1}")
+        if normalizer not in (None, "NFC"):
+            raise ValueError(f"{name} has the normalizer {normalizer!r}; only NFC is supported")
+        if len(pat_str) > 1024:  # one that is made to be slow takes 7 s
+            raise ValueError(f"{name} has a regex of {len(pat_str):,} characters; at most 1,024 are supported")
+
+    @cached_property
+    def tiktoken(self):
+        """tiktoken's Encoding, without special tokens."""
+        import tiktoken
+
+        try:
+            return tiktoken.Encoding(self.name, pat_str=self.pat_str, mergeable_ranks=self.ranks, special_tokens={})
+        except ValueError as e:
+            raise ValueError(f"the regex {self.pat_str[:99]!r} cannot be used: {one_line(e)}") from None
+
+    def normalize(self, text):
+        return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
+
+    def encode(self, text):
+        """The ids of a text. What spells a special token is plain text. Raises ValueError."""
+        if too_blank(text):
+            raise ValueError(f"{MAX_BLANKS:,} blanks in a row are too many for the tokenizer")
+        try:
+            return self.tiktoken.encode_ordinary(self.normalize(text)) if text else []
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # of Rust; it is no Exception
+                raise
+            raise ValueError(f"the regex {self.pat_str[:99]!r} fails on {text[:20]!r}") from None
+
+    encode_ordinary = encode
+
+    def decode(self, ids):
+        return b"".join(map(self.decode_single_token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def decode_single_token_bytes(self, id):
+        if id not in self.tokens:
+            raise ValueError(f"the tokenizer {self.name} has no token with the id {id}")
+        return self.tokens[id]
+
+    def checked(self):
+        """This Encoding. Raises ValueError if it changes text in any other way than its normalizer."""
+        bpe = self.tiktoken  # raises if the regex is wrong
+        # A match of no text makes Rust panic, and print that. This regex finds one: all text is left after the match.
+        no_text = rf"(?=(?:{self.pat_str})(?<rest>[\s\S]*))(?=\k<rest>\z)[\s\S]"
+        if type(bpe)("", pat_str=no_text, mergeable_ranks=BYTES, special_tokens={}).encode_ordinary("".join(KINDS)):
+            raise ValueError(f"the regex {self.pat_str[:99]!r} matches where it takes no text")
+        for text in (*KINDS, "".join(a + b for a in KINDS for b in KINDS), "".join(map(chr, range(0x800)))):
+            if self.decode(self.encode(text)) != self.normalize(text):
+                raise ValueError(f"the regex {self.pat_str[:99]!r} does not cover all text, such as {text[:20]!r}")
+        return self
+
+
+def too_blank(text):
+    """Whether a run of white space may be longer than the regexes of tiktoken and rustbpe bear."""
+    return len(text) >= MAX_BLANKS and re.search(rf"(?<!\s)\s{{{MAX_BLANKS}}}", text) is not None
+
+
+def same_tokenizer(a, b):
+    """Whether two Encodings give the same ids for every text."""
+    first, second = ((e.ranks, e.special_tokens, portable(e.pat_str), e.normalizer) for e in (a, b))
+    return first == second
 
 
 # ---- making, saving and loading Encodings ----
 def make_encoding(tokenizer, pat_str="", texts=None):
     """The setting `tokenizer` -> an Encoding: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids
     trained on texts), a directory, a hub id, a BPE file in tiktoken's format, or the name of one of tiktoken's."""
+    split = pat_str or SPLIT
     if tokenizer == "bytes":
-        return build_encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]")
-    if tokenizer.startswith("train:"):
+        encoding = Encoding("bytes", BYTES, r"[\s\S]", {})
+    elif tokenizer.startswith("train:"):
         size, least = tokenizer.removeprefix("train:"), 256 + len(SPECIAL)
         if not size.isdecimal() or int(size) < least:
             raise ValueError(f"tokenizer={tokenizer}: write train: and a vocabulary size of at least {least}")
-        return build_encoding(tokenizer, train_ranks(texts, int(size), pat_str or SPLIT), pat_str or SPLIT)
-    if os.path.isdir(tokenizer) or (tokenizer.count("/") == 1 and not os.path.exists(tokenizer)):
-        return build_encoding(*read_tokenizer(local_directory(tokenizer, "*.json")))
-    if os.path.exists(tokenizer):
-        return build_encoding(Path(tokenizer).name, read_ranks(tokenizer), pat_str or SPLIT)
-    import tiktoken
+        Encoding(tokenizer, BYTES, split, {}).checked()  # the regex, before the training, which takes a while
+        encoding = Encoding(tokenizer, train_ranks(texts, int(size), split), split, {})
+    elif os.path.isdir(tokenizer) or (tokenizer.count("/") == 1 and not os.path.exists(tokenizer)):
+        encoding = load_encoding(local_directory(tokenizer, "*.json"))
+    elif os.path.exists(tokenizer):
+        encoding = Encoding(Path(tokenizer).name, read_ranks(tokenizer), split, {})
+    else:
+        import tiktoken
 
-    known = tiktoken.list_encoding_names()
-    if tokenizer not in known:
-        raise ValueError(f"tokenizer={tokenizer} is neither bytes, train:N, a file, nor {', '.join(known)}")
-    base = tiktoken.get_encoding(tokenizer)
-    return build_encoding(tokenizer, base._mergeable_ranks, base._pat_str, base._special_tokens)
+        if tokenizer not in (known := tiktoken.list_encoding_names()):
+            raise ValueError(f"tokenizer={tokenizer} is neither bytes, train:N, a file, nor {', '.join(known)}")
+        try:
+            base = tiktoken.get_encoding(tokenizer)
+        except Exception as e:
+            fault = "tiktoken must download its vocabulary once, and cannot"
+            raise ValueError(f"tokenizer={tokenizer}: {fault}: {type(e).__name__}: {one_line(e)}") from None
+        encoding = Encoding(tokenizer, base._mergeable_ranks, base._pat_str, base._special_tokens)
+    return with_special_tokens(encoding).checked()
 
 
-def build_encoding(name, ranks, pat_str, special=(), add_special=True):
-    """A tiktoken Encoding of these byte ranks; add_special appends those of our special tokens that it lacks."""
-    import tiktoken
-
-    special = dict(special)
-    ids, taken = {*ranks.values()}, {*special.values()}
-    if sum(len(token) == 1 for token in ranks) < 256 or len(ids - taken) < len(ranks):
-        raise ValueError(f"{name} is no byte-level BPE: a byte has no token, or two tokens have the same id")
-    most = max(ids | taken)
-    if min(ids | taken) < 0 or most >= 2**31:
-        raise ValueError(f"{name} has ids below 0 or above {2**31 - 1}")
-    if add_special:
-        special |= zip([text for text in SPECIAL.values() if text not in special], count(most + 1))
-    return tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
+def with_special_tokens(encoding):
+    """The Encoding with those of our special tokens that it lacks; they get the next ids."""
+    missing = [text for text in SPECIAL.values() if text not in encoding.special_tokens]
+    special_tokens = {**encoding.special_tokens, **dict(zip(missing, count(encoding.n_vocab)))}
+    return Encoding(encoding.name, encoding.ranks, encoding.pat_str, special_tokens, encoding.normalizer)
 
 
 def train_ranks(texts, vocab_size, pat_str):
@@ -116,6 +206,7 @@ def train_ranks(texts, vocab_size, pat_str):
     except ImportError:
         raise ValueError("to train a tokenizer, pip install rustbpe") from None
     bpe, progress = rustbpe.Tokenizer(), tqdm(texts, desc="training the tokenizer", unit=" texts")
+    progress = (text for text in progress if not too_blank(text))
     bpe.train_from_iterator(islice(progress, 10**6), vocab_size - len(SPECIAL), pattern=pat_str)
     return {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
 
@@ -127,42 +218,36 @@ def read_ranks(path):
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
 
 
-def same_tokenizer(a, b):
-    """Whether two Encodings give the same ids for every text."""
-    first, second = ((e._mergeable_ranks, e._special_tokens, portable(e._pat_str)) for e in (a, b))
-    return first == second
-
-
 def save_encoding(encoding, directory):
     """Write the ranks to directory/tokenizer.tiktoken. Returns the rest, for meta.json."""
-    ranks = encoding._mergeable_ranks
+    ranks = encoding.ranks
     lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get))
     replace_file(Path(directory, "tokenizer.tiktoken"), b"".join(lines))
-    rest = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+    rest = {key: getattr(encoding, key) for key in ("name", "pat_str", "special_tokens", "normalizer")}
     return {"vocab_size": encoding.n_vocab, "dtype": token_dtype(encoding.n_vocab), "tokenizer": rest}
 
 
 def read_tokenizer(directory):
-    """(name, ranks, pat_str, special tokens) of a dataset, a run, or a model in the Hugging Face layout."""
+    """The Encoding of a dataset, a run, or a model in the Hugging Face layout. It needs no tiktoken yet."""
     directory = Path(directory)
     if not (directory / "meta.json").exists():
         path = directory / "tokenizer.json"
         with errors_name_file(path, "is no tokenizer of byte-level BPE for tiktoken"):
-            return directory.name, *hf_parts(read_json(path))
+            return with_special_tokens(Encoding(directory.name, *hf_parts(read_json(path))))
     meta = read_meta(directory)
     check_file(directory, "tokenizer.tiktoken", meta)
     ranks, rest = read_ranks(directory / "tokenizer.tiktoken"), meta["tokenizer"]
     with errors_name_file(directory / "meta.json"):
-        n_ids = 1 + max(*ranks.values(), *rest["special_tokens"].values())
-        if n_ids != meta["vocab_size"]:
-            raise ValueError(f"vocab_size is {meta['vocab_size']}, and the tokenizer has {n_ids} ids")
-    return rest["name"], ranks, rest["pat_str"], rest["special_tokens"]
+        encoding = Encoding(rest["name"], ranks, rest["pat_str"], rest["special_tokens"], rest.get("normalizer"))
+        if encoding.n_vocab != meta["vocab_size"]:
+            raise ValueError(f"vocab_size is {meta['vocab_size']}, and the tokenizer has {encoding.n_vocab} ids")
+        return encoding
 
 
 def load_encoding(directory):
-    """The Encoding of a dataset, a run, or a model in the Hugging Face layout."""
+    """read_tokenizer(), checked to work with tiktoken."""
     with errors_name_file(directory, "has no tokenizer that works here"):
-        return build_encoding(*read_tokenizer(directory), add_special=not Path(directory, "meta.json").exists())
+        return read_tokenizer(directory).checked()
 
 
 def read_meta(directory):
@@ -206,14 +291,15 @@ POSSESSIVE = r"(\\p\{\w+\}|\\.|\[[^\]]*\]|[^\\])(\{\d+(?:,\d*)?\})\+"  # x{1,3}+
 
 
 def hf_parts(content):
-    """A tokenizer.json's content -> (ranks, pat_str, special tokens) of an Encoding that gives the same ids.
-    Raises if tiktoken can make none."""
-    model, added = content["model"], content.get("added_tokens") or []
+    """A tokenizer.json's content -> (ranks, pat_str, special tokens, normalizer) of an Encoding that gives the same
+    ids. Raises if tiktoken can make none."""
+    model, added, normalizer = content["model"], content.get("added_tokens") or [], content.get("normalizer") or {}
     unlike_ours = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
     if model.get("type", "BPE") != "BPE" or any(model.get(key) for key in unlike_ours):
         raise ValueError("only byte-level BPE is supported, without prefix, suffix or dropout")
-    if content.get("normalizer"):
-        raise ValueError(f"a normalizer ({content['normalizer'].get('type')}) is not supported")
+    normalizers = [step["type"] for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    if other := {*normalizers} - {"NFC"}:
+        raise ValueError(f"a normalizer ({min(other)}) is not supported, only NFC")
     if any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word")):
         raise ValueError("added tokens with lstrip, rstrip or single_word are not supported")
     steps = content.get("pre_tokenizer") or {}
@@ -231,18 +317,23 @@ def hf_parts(content):
     special = {token["content"]: token["id"] for token in added}
     to_byte = {character: b for b, character in byte_alphabet().items()}
     ranks = {bytes(to_byte[c] for c in text): i for text, i in model["vocab"].items() if text not in special}
+    if sum(len(token) ** 2 for token in ranks) > 2**26:  # to check their merges takes that long
+        raise ValueError(f"its tokens are too long: one has {max(map(len, ranks)):,} bytes")
     # tokenizer.json lists the pairs to merge; tiktoken merges any pair that makes a token, the lowest rank first.
-    # The ids are the same if the ranks rise along the list and it has the last merge of every token.
+    # The ids are the same if the list has the last merge of every token, in the order of their ranks.
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-    merges = [tuple(bytes(to_byte[c] for c in part) for part in pair) for pair in pairs]
-    made = [ranks[token] for token in dict.fromkeys(map(b"".join, merges))]
-    if made != sorted(made):
-        raise ValueError("the ids do not rise in the order of the merges, which tiktoken needs")
-    merges = set(merges)
-    for token in ranks:
-        if len(token) > 1 and last_merge(token, ranks) not in merges:
-            raise ValueError(f"its merges do not make the token {token!r} as tiktoken would")
-    return ranks, pat_str, special
+    place = {tuple(bytes(to_byte[c] for c in part) for part in pair): i for i, pair in enumerate(pairs)}
+    if strange := {b"".join(pair) for pair in place} - ranks.keys():
+        raise ValueError(f"its merges make {min(strange)!r}, which is no token")
+    last = -1
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            before, last = last, place.get(last_merge(token, ranks), -1)
+            if last < 0:
+                raise ValueError(f"its merges do not make the token {token!r} as tiktoken would")
+            if last < before:
+                raise ValueError("the ids do not rise in the order of the merges, which tiktoken needs")
+    return ranks, pat_str, special, "NFC" if normalizers else None
 
 
 def last_merge(token, ranks):

@@ -16,7 +16,7 @@ from common import replace_files
 from generate import load_for_inference
 from hf import save_hf, save_hf_tokenizer
 from model import HRM, HRMConfig
-from tokenizer import encode_prompt, make_encoding
+from tokenizer import SPECIAL, Encoding, encode_prompt, make_encoding
 
 transformers = pytest.importorskip("transformers", minversion="5.9")
 
@@ -233,10 +233,25 @@ def test_a_vocabulary_larger_than_its_tokenizer(tmp_path):
         save_hf(random_model({**CONFIGS[0], "vocab_size": vocab_size}), tmp_path / str(vocab_size))
         save_hf_tokenizer(encoding, tmp_path / str(vocab_size))
     model, *_ = load_for_inference(tmp_path / "300", device="cpu", dtype="float32")
-    assert model.usable_ids == 263
     assert max(max(ids) for ids in model.generate([[1, 2, 3]] * 50, 20, temperature=9.0, seed=0)) < 263
     with pytest.raises(ValueError, match="the tokenizer has 263 ids and the model 260"):
         load_for_inference(tmp_path / "260", device="cpu")
+
+
+def test_ids_without_a_token_are_never_chosen(tmp_path):
+    """Holes among the ids: not by sampling, and not where they have the highest logits."""
+    bytes_ = {bytes([i]): i for i in range(256)}
+    holes = [*range(256, 270), 271, *range(277, 300)]
+    encoding = Encoding("holes", bytes_, r"[\s\S]", dict(zip(SPECIAL.values(), (270, *range(272, 277), 276 + 24))))
+    save_hf(random_model({**CONFIGS[0], "vocab_size": 320}), tmp_path)
+    save_hf_tokenizer(encoding, tmp_path)
+    model, encoding, _ = load_for_inference(tmp_path, device="cpu", dtype="float32")
+    assert encoding.n_vocab == 301
+    with torch.no_grad():
+        model.lm_head[holes] *= 10
+    for options in {}, dict(temperature=3.0, seed=0), dict(temperature=3.0, top_k=40, top_p=0.9, seed=0):
+        for ids in model.generate([[1, 2, 3], [4, 5]] * 20, 20, **options):
+            encoding.decode(ids)  # raises if one has no token
 
 
 def test_the_chat_template_makes_our_prefix(tmp_path):

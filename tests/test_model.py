@@ -353,7 +353,15 @@ def test_sampling_follows_its_seed_and_its_limits():
     assert len(drawn) > 1 and drawn <= set(likely[:5])
     n = int((p.sort(descending=True).values.cumsum(0) < 0.3).sum()) + 1
     assert {new[0] for new in model.generate(prompt, 1, temperature=1.0, top_p=0.3, seed=0)} <= set(likely[:n])
-    assert model.generate(prompt[:1], 4, temperature=1.0, top_k=1, seed=0) == model.generate(prompt[:1], 4)
+    greedy = model.generate(prompt[:1], 4)
+    extremes = dict(top_k=1), dict(top_p=1e-320), dict(top_p=0.0), dict(temperature=1e-40), dict(temperature=1e-320)
+    for options in extremes:
+        assert model.generate(prompt[:1], 4, **{"temperature": 1.0, "seed": 0, **options}) == greedy
+    uniform = model.generate(prompt, 1, temperature=math.inf, top_k=10**30, top_p=0.999999, seed=-(10**30))
+    assert len({new[0] for new in uniform}) > 100
+    for options in dict(temperature=math.nan), dict(top_p=math.nan), dict(temperature=-math.inf), dict(top_k=-1):
+        with pytest.raises(ValueError, match="temperature, top_k"):
+            model.generate(prompt, 1, **options)
 
 
 # ----------------------------------------------------------------------------------------------------
