@@ -215,7 +215,7 @@ def sync_directory(directory):
         os.close(handle)
 
 
-def finish_replacing(directory):
+def finish_rename(directory):
     """Make the second rename of data.py's two, where it was killed before that: `directory` is then the new dataset."""
     for old in directory.parent.glob(f"{glob.escape(directory.name)}.part-*/old"):
         if not directory.exists():

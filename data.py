@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from common import exit_on_error, finish_replacing, replace_file
+from common import exit_on_error, finish_rename, replace_file
 from sources import read_rows, to_pair, word_problems
 from tokenizer import FILES, condition_tags, encode_document, fingerprint, make_encoding, save_encoding
 
@@ -61,7 +61,7 @@ def prepare(directory, **changes):
     directory, o = Path(directory), SimpleNamespace(**{**settings, **changes})
     if vars(o).keys() != settings.keys():
         raise TypeError(f"there is no setting {min(changes.keys() - settings.keys())}")
-    finish_replacing(directory)
+    finish_rename(directory)
     held, written = {path.name for path in directory.glob("*")}, {*FILES, "meta.json"}
     if directory.exists() and not {"train.bin", "train.idx"} <= held <= written:
         other = ", ".join(sorted(held - written)[:3])

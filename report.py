@@ -67,9 +67,9 @@ def print_answers(model, directory, documents, max_new_tokens=64):
     """Print the instructions of documents, which are (ids, length of the prefix), and the model's answers to them."""
     try:
         encoding = load_encoding(directory)
-    except ImportError as e:  # training itself needs no tokenizer
+    except ValueError as e:  # without tiktoken, say, which training itself does not need
         return print0(f"  no sample answers: {e}")
-    special, compile_blocks = encoding._special_tokens.values(), model.compile_blocks
+    special, compile_blocks = encoding.special_tokens.values(), model.compile_blocks
     model.compile_blocks = False  # to compile would take longer than so few tokens
     for ids, n_prefix in documents:
         events = stream(model, [ids[:n_prefix]], max_new_tokens, stop_token=special_id(encoding, "eoa"))

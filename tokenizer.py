@@ -244,10 +244,10 @@ def read_tokenizer(directory):
         return encoding
 
 
-def load_encoding(directory):
-    """read_tokenizer(), checked to work with tiktoken."""
-    with errors_name_file(directory, "has no tokenizer that works here"):
-        return read_tokenizer(directory).checked()
+def load_encoding(name):
+    """read_tokenizer() of a directory or a hub id, checked to work with tiktoken."""
+    with errors_name_file(name, "has no tokenizer that works here"):
+        return read_tokenizer(local_directory(name)).checked()
 
 
 def read_meta(directory):

@@ -30,16 +30,7 @@ import torch
 import plot
 import ranks
 from checkpoint import RunFiles, read_settings
-from common import (
-    Forgiving,
-    ThreadsByLoad,
-    choose_device,
-    errors_name_file,
-    finish_replacing,
-    local_directory,
-    missing_compiler,
-    one_line,
-)
+from common import Forgiving, ThreadsByLoad, choose_device, errors_name_file, finish_rename, missing_compiler, one_line
 from loader import Loader, document, prefetch
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
@@ -222,7 +213,7 @@ def make_model(start_from, ckpt_meta, data_dir):
         model = HRM.from_pretrained(start_from)
         config = model.config
         print0(f"fine-tuning {start_from}, whose shape overrides the settings: {config}")
-        theirs, ours = load_encoding(local_directory(start_from)), load_encoding(data_dir)
+        theirs, ours = load_encoding(start_from), load_encoding(data_dir)
         if not same_tokenizer(theirs, ours):
             names = [f"{place} ({e.name}, {e.n_vocab} ids)" for place, e in ((start_from, theirs), (data_dir, ours))]
             advice = f"data.py --tokenizer={start_from} mends that"
@@ -263,7 +254,7 @@ def setup():
             print0("attention: SDPA over padded documents, as FlexAttention needs compile=True")
         files, start_from, ckpt = RunFiles(out, keep_checkpoints, device.startswith("cuda")), init_from, None
         if ranks.master:
-            finish_replacing(data_dir)
+            finish_rename(data_dir)
             if dataset == "problems" and not (data_dir / "meta.json").exists():
                 data = run_path(str(Path(__file__).with_name("data.py")))  # `import data` might find the directory
                 print0(data["report"](data_dir, data["prepare"](data_dir)))

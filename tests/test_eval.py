@@ -150,7 +150,7 @@ def evaluate(pairs, most_new=10, model=None):
 def test_cut_off_is_an_answer_without_end_whatever_stopped_it(capsys):
     """At max_new_tokens, or at the end of the context (64); a prompt beyond it gets no answer."""
     model, lengths = tiny_model(), {30: 20, 50: 13, 62: 1, 63: 0, 90: 0}
-    model.usable_ids = 256  # no eoa
+    model.banned_ids = torch.arange(256, 263)  # no eoa
     results, _ = evaluate([("x" * n, "5") for n in lengths], 20, model)
     encoding = make_encoding("bytes")
     assert [r["cut"] for r in results] == [n > 0 for n in lengths.values()]
