@@ -77,19 +77,18 @@ class ThreadsByLoad:
         return total / 1e9
 
     def adapt(self):
-        """Call this often; it looks once a second. Returns the number where it changes, else None."""
+        """Call this often; it looks once a second. Returns the number when it falls for the first time, else None."""
         now, n = time.monotonic(), torch.get_num_threads()
         if self.fixed or now - self.clock < 1:
             return None
         waited = self._waited()
         missing, self.clock, self.waited = (waited - self.waited) / (now - self.clock), now, waited  # cores
         if missing > 0.25 and n > 1:
-            new, self.lowered = max(1, n - math.ceil(missing)), now
-        else:
-            new = self.most if now - self.lowered > 60 else n  # which shows within a second whether it was right
-        if new != n:
-            torch.set_num_threads(new)
-            return new
+            torch.set_num_threads(max(1, n - math.ceil(missing)))
+            first, self.lowered = not self.lowered, now
+            return torch.get_num_threads() if first else None
+        if n < self.most and now - self.lowered > 60:
+            torch.set_num_threads(self.most)  # the next look shows whether they have cores
 
 
 def upload(tensor, device):

@@ -365,7 +365,7 @@ def main():
             break
 
         if n_threads := threads.adapt():
-            print0(f"step {step}: {n_threads} CPU threads from here on, as other processes take or leave the cores")
+            print0(f"step {step}: CPU threads: {n_threads}, as others use the cores; all again when those are free")
         batch, bp_steps, lr = next(batches), bp_steps_at(step), learning_rate_at(step)
         progress.resume(step, run["tokens"])
         torch.manual_seed(hash((seed, step, ranks.rank)))  # dropout, if you add it, is then the same after a resume
