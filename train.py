@@ -30,7 +30,8 @@ import torch
 import plot
 import ranks
 from checkpoint import RunFiles, read_settings
-from common import Forgiving, ThreadsByLoad, choose_device, errors_name_file, finish_rename, missing_compiler, one_line
+from common import Forgiving, errors_name_file, finish_rename, one_line
+from devices import ThreadsByLoad, choose_device, missing_compiler
 from loader import Loader, document, prefetch
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
