@@ -389,10 +389,10 @@ def main():
     memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
     print0(f"{sentence}; checkpoint: {files.directory / 'ckpt.pt'}{memory}")
     if stop:
-        print0(f"to go on: train.py --init_from=resume --out_dir={out_dir}")
+        print0(f"to go on: python train.py --init_from=resume --out_dir={files.directory}")
     elif ranks.master and find_spec("matplotlib"):
         with suppress(ValueError, OSError):  # the run is complete without
-            plot.draw([out_dir], files.directory / "loss.svg")
+            plot.draw([files.directory], files.directory / "loss.svg")
             print0(f"its losses: {files.directory / 'loss.svg'}")
     ranks.shutdown(status=0)
 
