@@ -115,7 +115,7 @@ def workplace(tmp_path, problems_dir):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=0, help="kills at random moments, per number of ranks (test_crash)")
-    parser.addoption("--fuzz", type=int, default=25, help="cases per fuzzed kind of input (test_bad_input)")
+    parser.addoption("--fuzz", type=int, default=25, help="cases per fuzzed kind of input (test_fuzz)")
 
 
 def pytest_configure(config):

@@ -29,7 +29,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, TINY, run
-from test_bad_input import edits, spoiled, values
 
 from checkpoint import load_checkpoint
 from common import errors_name_file
@@ -73,7 +72,20 @@ ODD = [None, True, False, 0, -1, 1, 2, 7, 255, 65535, 2**31 - 1, 2**31, 2**53, 2
 ODD += [0.0, -0.0, 0.5, 1e-320, 1e-10, 1e38, 1e308, math.nan, math.inf, -math.inf, "", " ", "\0", "a", "é", "\ud800"]
 ODD += ["<long>", "<blank>", "../x", "/dev/null", "NFC", "NFKC", "cot", "none", "(", "a*", r"\p{L}+", r"(a|a)*b"]
 ODD += [[], {}, [[]], [{}], {"": None}, ["a", 1], "<deep>", "<huge>"]
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["cot", "train", "uint16"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
 odd = st.sampled_from(ODD) | values
+edits = st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9))  # where, how many bytes go, what comes
+
+
+def spoiled(content, changes):
+    for where, gone, new in changes:
+        at = int(where * len(content))
+        content = content[:at] + new + content[at + gone :]
+    return content
 
 
 def similar(value):
@@ -90,13 +102,14 @@ def similar(value):
         case dict():
             reversed = dict(zip(value, [*value.values()][::-1]))
             return [{**value, "x": 1}, [*value], [*value.values()], reversed, {"x": value}]
-        case torch.Tensor():
+        case torch.Tensor() if value.numel() < 2**20:
             kinds = torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.complex64
             wrong = value.clone().view(-1)
             wrong[:1] = math.inf if value.is_floating_point() else 1
             shapes = value[:-1], value[None], value.flatten(), value.t() if value.dim() == 2 else value, value[:0]
             views = value[:1].expand(value.shape), torch.zeros(()).expand(2**40), value.reshape(-1)[::2]
-            return [*map(value.to, kinds), wrong.view(value.shape), *shapes, *views, value * 1e38, value.numpy().tolist()]
+            others = value.tolist(), value.to_sparse(), value * 1e38
+            return [*others, *map(value.to, kinds), wrong.view(value.shape), *shapes, *views]
     return []
 
 
@@ -104,8 +117,8 @@ def mutated(draw, content):
     """A copy of nested dicts and lists, with one to three changes."""
     box = [deepcopy(content)]
     for _ in range(draw(st.integers(1, 3))):
-        node, key = box, 0
-        while isinstance(node[key], (dict, list)) and node[key] and draw(st.integers(0, 7)):
+        node, key, further = box, 0, [True] * 7 + [False]
+        while isinstance(node[key], (dict, list)) and node[key] and draw(st.sampled_from(further * (node is not box) or [True] * 50 + [False])):
             node = node[key]
             key = draw(st.sampled_from([*node] if isinstance(node, dict) else range(len(node))))
         like = similar(node[key])
@@ -137,11 +150,11 @@ def enlarged(text):
     return text
 
 
-def mutate_json(*names, seal=True):
+def mutate_json(name):
     """Change a JSON file: its values, or now and then its bytes."""
 
     def mutate(place, draw):
-        path = place / draw(st.sampled_from(names))
+        path = place / name
         content = path.read_bytes()
         if draw(st.integers(0, 5)):
             content = as_json(mutated(draw, json.loads(content)))
@@ -200,7 +213,12 @@ def mutate_index(place, draw):
 
 
 def mutate_ckpt(place, draw):
-    path = place / RUN / "ckpt.pt"
+    before = resumed(place)
+    change_ckpt(place / RUN / "ckpt.pt", draw)
+    return before
+
+
+def change_ckpt(path, draw):
     how = draw(st.sampled_from(["bytes", "content", "content", "content", "entries", "entries", "pickle", "pickle"]))
     if how == "bytes":
         return mutate_bytes(path, draw)
@@ -296,17 +314,18 @@ def mutate_jsonl(place, draw):
     start = draw(st.sampled_from([b"", b"", b"\xef\xbb\xbf", b"\n \n"]))
     joined = b"[" + b",".join(lines) + b"]" if kind == "json" and draw(st.booleans()) else b"\n".join(lines)
     (place / f"x.{kind}").write_bytes(start + joined)
+    return place / f"x.{kind}", draw(st.booleans())
 
 
 def mutate_parquet(place, draw):
     import pyarrow
     import pyarrow.parquet
 
-    n = draw(st.integers(0, 5))
+    n = draw(st.sampled_from([0, 1, 2, 3, 4, 5]))
     kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.int64(), pyarrow.float64(), pyarrow.null()]
     kinds += [pyarrow.list_(pyarrow.string()), pyarrow.struct([("a", pyarrow.string())]), pyarrow.timestamp("us")]
     kinds += [pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), pyarrow.bool_(), pyarrow.decimal128(9, 2)]
-    columns, names = [], ["instruction", "response", *draw(st.lists(st.sampled_from(["condition", "x", "response"])))]
+    columns, names = [], ["instruction", "response", *draw(st.sampled_from([[], ["condition"], ["condition", "x"], ["x"], ["x", "response"]]))]
     for name in names:
         kind = draw(st.sampled_from(kinds[:1] * 20 + kinds))
         text = texts.filter(lambda text: text.isascii() or "\ud800" not in text)
@@ -322,6 +341,7 @@ def mutate_parquet(place, draw):
     pyarrow.parquet.write_table(pyarrow.table(columns, names), path, compression=compression)
     if draw(st.integers(0, 3)) == 0:
         mutate_bytes(path, draw)
+    return path, draw(st.booleans())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -380,10 +400,9 @@ def resumed(place):
     return ckpt, model.state_dict()
 
 
-def use_ckpt(place, base):
+def use_ckpt(place, original, want):
     use_model(place / RUN)
     ckpt, weights = resumed(place)
-    original, want = resumed(base)
     if pickle.dumps(as_lists(ckpt)) == pickle.dumps(as_lists(original)):
         assert all(torch.equal(weights[name], want[name]) for name in want)
 
@@ -412,11 +431,10 @@ def use_data(place):
         assert isinstance(encoding.decode(question), str) and isinstance(answer, str)
 
 
-def use_rows(place):
+def use_rows(place, source, skip_bad):
     """Every row becomes the document that it says, or is told or counted."""
-    [source] = place.glob("x.*[!n]") if not list(place.glob("x.jso*")) else place.glob("x.jso*")
-    skip_bad = source.stat().st_mtime_ns % 2 == 0
-    meta = prepare(place / "data" / "new", source=str(source), skip_bad=skip_bad, threads=1, block_size=99, val_fraction=0.0)
+    options = dict(skip_bad=skip_bad, threads=1, block_size=99, val_fraction=0.0)
+    meta = prepare(place / "data" / "new", source=str(source), **options)
     c = meta["splits"]["train"]
     if source.suffix == ".parquet":
         from pyarrow.parquet import read_table
@@ -464,12 +482,11 @@ def write_config(place, draw):
     content = draw(st.binary() | python.map(lambda text: text.encode(errors="replace")))
     (place / "c.py").write_bytes(content)
     some = st.tuples(names, values.map(repr) | st.text()).map("=".join).map("--".__add__) | st.text()
-    argv = draw(st.lists(some | st.just(str(place / "c.py"))))
-    (place / "argv").write_text(json.dumps([a for a in argv if a not in ("-h", "--help")]))
+    return ([a for a in draw(st.lists(some | st.just(str(place / "c.py")))) if a not in ("-h", "--help")],)
 
 
-def use_config(place):
-    argv, defaults = json.loads((place / "argv").read_text()), DEFAULTS["train.py"]
+def use_config(place, argv):
+    defaults = DEFAULTS["train.py"]
     try:
         found = configure({"__file__": str(ROOT / "train.py"), "__doc__": "", **defaults}, argv)
     except SystemExit as e:
@@ -504,11 +521,10 @@ def mutate_command(place, draw):
         value = str(draw(st.sampled_from(some))).replace("\0", "").replace("\ud800", "")[:999]
         form = draw(st.sampled_from(["--{}={}"] * 12 + ["--{}", "-{}={}", "--{}x={}", "{}={}", "{1}", "--{0}={1}={1}"]))
         argv.insert(draw(st.integers(0, len(argv))) if draw(st.booleans()) else len(argv), form.format(name, value))
-    (place / "argv").write_text(json.dumps([script, *argv]))
+    return script, *argv
 
 
-def use_command(place):
-    argv = json.loads((place / "argv").read_text())
+def use_command(place, *argv):
     done = run(place, *argv, ok=None, SECONDS=str(SECONDS), MEMORY=str(BYTES_OF_MEMORY))
     said = done.stderr.replace("\r", "\n").splitlines() or [""]
     assert "Traceback" not in done.stdout + done.stderr and "panicked" not in done.stderr, done.stderr
@@ -520,8 +536,7 @@ def use_command(place):
 
 def use_run_json(place):
     argv = ["--init_from=resume", "--max_iters=3", "--compile=False", "--device=cpu", "--epochs=0.0"]
-    (place / "argv").write_text(json.dumps(["train.py", *argv]))
-    use_command(place)
+    use_command(place, "train.py", *argv)
     heldout(place / RUN, 0)
 
 
@@ -552,17 +567,17 @@ def test_fuzz(kind, base, tmp_path_factory, pytestconfig, monkeypatch):
     def one(data):
         place = tmp_path_factory.mktemp("case") / "place"
         shutil.copytree(base, place)
-        mutate(place, data.draw)
+        drawn = mutate(place, data.draw) or ()
         monkeypatch.chdir(place)
         before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
         try:
-            use(place, base) if use is use_ckpt else use(place)
+            use(place, *drawn)
             counts["work"] += 1
         except (ValueError, OSError) as e:  # anything else is a traceback to the user
             assert str(e).strip() and "\n" not in str(e), e
             if LOG:
-                print(kind, "|", str(e)[:250].replace(str(place), "PLACE"), file=open(LOG, "a"))
+                print(kind, "|", str(e)[:250].replace(str(place), "PLACE"), file=open(LOG, "a", errors="backslashreplace"))
             counts["end with a sentence"] += 1
         faulthandler.cancel_dump_traceback_later()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
