@@ -177,9 +177,8 @@ def mutate_safetensors(place, draw):
         case "tensors":
             tensors = mutated(draw, load_file(path))
             if isinstance(tensors, dict):
-                kept = {str(k): v.contiguous().clone() for k, v in tensors.items() if isinstance(v, torch.Tensor)
-                        and v.numel() < 2**20}
-                save_file(kept, path)
+                plain = {k: t for k, t in tensors.items() if isinstance(t, torch.Tensor) and t.layout == torch.strided}
+                save_file({k: t.contiguous().clone() for k, t in plain.items() if t.numel() < 2**20}, path)
             return None
     content = path.read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
