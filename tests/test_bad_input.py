@@ -194,7 +194,7 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --out_dir=", "must be names"),
         ("data.py --dataset=../out", "dataset is the name of a directory in data/, not a path: '../out'"),
         ("data.py --dataset=x --threads=-1", "threads must be at least 0, not -1"),
-        ("data.py --dataset=x --tokenizer=train:99999999999999999999", "a vocabulary size of at least 263, below 2^31"),
+        ("data.py --dataset=x --tokenizer=train:99999999999999999999", "a vocabulary size from 263 to 2^31 - 1"),
         ("data.py --condition=drect", "unknown condition 'drect'"),
         ("data.py --source=data", "named after the split 'train'"),
         ("data.py --source=nowhere.jsonl", "there is no file nowhere.jsonl"),

@@ -275,12 +275,13 @@ def mutate_numbers(suffix, dtype):
     def mutate(place, draw):
         path = place / DATA / f"{draw(st.sampled_from(['train', 'val']))}.{suffix}"
         numbers = np.fromfile(path, dtype)
-        limits = np.iinfo(dtype)
+        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
         for _ in range(draw(st.integers(0, 4))):
             at = draw(st.integers(0, len(numbers) - 1))
-            border = [0, 1, 2, 262, 268, 269, 270, limits.max, limits.min, limits.max - 1, limits.max // 2 + 1]
-            border += [numbers[at] + 1, numbers[at] - 1, numbers[at - 1], numbers[at] * 2, numbers[-1] + 1]
-            numbers[at] = np.int64(draw(st.sampled_from(border))).astype(dtype)
+            old, before, last = (int(numbers[i]) for i in (at, at - 1, -1))
+            border = [0, 1, 2, 262, 268, 269, 270, most, least, most - 1, most // 2 + 1]
+            border += [old + 1, old - 1, before, old * 2, last + 1]
+            numbers[at] = np.uint64(draw(st.sampled_from(border)) % 2**64).astype(dtype)
         content = numbers.tobytes()
         match draw(st.sampled_from(["whole"] * 6 + ["cut", "cut", "more", "none", "twice"])):
             case "cut":
