@@ -42,7 +42,7 @@ def print_help(script):
 def run_config(path):
     """{name: value} of the globals that a config file sets, without imports, functions and _names."""
     if not os.path.isfile(path):
-        sys.exit(f"there is no config file {path}" + (f"; did you mean --{path}?" if "=" in path else ""))
+        sys.exit(f"there is no config file {path}" + (f"; did you mean --{path.lstrip('-')}?" if "=" in path else ""))
     try:
         values = runpy.run_path(path)
     except (Exception, SystemExit) as e:

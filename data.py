@@ -67,6 +67,9 @@ def prepare(directory, **changes):
         other = ", ".join(sorted(held - written)[:3])
         what = f"holds what data.py did not write ({other})" if other else "is no prepared dataset"
         raise ValueError(f"{directory} exists and {what}; choose another name with --dataset")
+    for key, least in dict(n_problems=1, n_val_problems=0, block_size=1, threads=0).items():
+        if vars(o)[key] < least:
+            raise ValueError(f"{key} must be at least {least}, not {vars(o)[key]}")
     if o.too_long not in ("truncate", "drop", "stop"):
         raise ValueError(f"too_long must be truncate, drop or stop, not '{o.too_long}'")
     if o.answer not in ("", "cot", "direct"):

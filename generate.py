@@ -80,6 +80,8 @@ def stream(
             active = [slot for slot, i in enumerate(in_slot) if i is not None]
             engine.decode(max(sizes[in_slot[slot]] + n_generated[in_slot[slot]] for slot in active))
         events, ids = [], engine.ids.tolist()
+        if min(ids[slot] for slot in active) < 0:
+            raise ValueError("the model's logits are not finite, so its weights cannot be right")
         for slot in active:
             i = in_slot[slot]
             n_generated[i] += 1
@@ -102,21 +104,23 @@ def generate(model, prompts, max_new_tokens, **options):
 
 
 def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
-    """The next ids (B,) from logits (B, vocab_size), none of banned_ids."""
+    """The next ids (B,) from logits (B, vocab_size), none of banned_ids; -1 where the logits are not finite."""
     if banned_ids is not None:
         logits.index_fill_(-1, banned_ids, -math.inf)
+    logits = logits if temperature == 0 else logits.float()
+    largest, ids = logits.max(-1)
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float()
+        return ids.where(largest.isfinite(), -1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
-    logits = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)  # finite in fp32
+    logits = (logits - largest[:, None]) / min(max(temperature, 1e-30), 1e30)  # finite in fp32
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         ordered[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = -math.inf  # the ids before it already have top_p
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    ids = torch.multinomial(logits.softmax(-1).nan_to_num(1), 1, generator=generator).squeeze(1)
+    return ids.where(largest.isfinite(), -1)
 
 
 class Engine:

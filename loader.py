@@ -87,10 +87,13 @@ class Loader:
     may then hold padding); without it, epochs overlap by a few documents. `state` is that after the last step taken."""
 
     LOOKAHEAD_DOCS = 128  # documents to choose from
+    MAX_TOKENS = 2**27  # of a step; in memory they take 3.4 GB
 
     def __init__(self, directory, split, rows, block_size, seed=0, rank=0, world_size=1, epochs=None, state=None):
         if rows < world_size:
             raise ValueError(f"a step of {rows} rows is too small for {world_size} ranks: each needs at least one")
+        if rows * block_size > self.MAX_TOKENS:
+            raise ValueError(f"a step of {rows} rows of {block_size} tokens is too large: at most {self.MAX_TOKENS:,}")
         self.n_rows, self.block_size, self.seed, self.epochs = rows, block_size, seed, epochs
         self.own_rows = slice(rank, None, world_size)
         meta, self.bin = read_meta(directory), Path(directory, f"{split}.bin")

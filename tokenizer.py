@@ -170,8 +170,8 @@ def make_encoding(tokenizer, pat_str="", texts=None):
         encoding = Encoding("bytes", BYTES, r"[\s\S]", {})
     elif tokenizer.startswith("train:"):
         size, least = tokenizer.removeprefix("train:"), 256 + len(SPECIAL)
-        if not size.isdecimal() or int(size) < least:
-            raise ValueError(f"tokenizer={tokenizer}: write train: and a vocabulary size of at least {least}")
+        if not size.isdecimal() or not least <= int(size) < 2**31:
+            raise ValueError(f"tokenizer={tokenizer}: write train: and a vocabulary size from {least} to 2^31 - 1")
         Encoding(tokenizer, BYTES, split, {}).checked()  # the regex, before the training, which takes a while
         encoding = Encoding(tokenizer, train_ranks(texts, int(size), split), split, {})
     elif os.path.isdir(tokenizer) or (tokenizer.count("/") == 1 and not os.path.exists(tokenizer)):

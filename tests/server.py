@@ -7,7 +7,9 @@ stderr]; the answer is a line with the exit status.
 import gc
 import json
 import os
+import resource
 import runpy
+import signal
 import sys
 
 import numpy
@@ -33,6 +35,9 @@ for fd, name in enumerate((os.devnull, stdout, stderr)):
     os.close(file)
 os.chdir(cwd)
 os.environ.update(env)
+if "SECONDS" in env:  # limits
+    signal.alarm(int(env["SECONDS"]))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(env["MEMORY"]),) * 2)
 numpy.random.seed()
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")

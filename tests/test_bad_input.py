@@ -2,10 +2,7 @@
 What is wrong with an input is told in one sentence, and nothing is written.
 
     pytest tests/test_bad_input.py -s -k sentence         # prints the table of sentences
-    pytest tests/test_bad_input.py --fuzz=2000            # so many cases of each kind of input
 """
-
-from configurator import configure, settings_of
 
 import hashlib
 import json
@@ -18,17 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scripts import ROOT, TINY, run
+from scripts import TINY, run
+from test_fuzz import resumed
 
-from checkpoint import RunFiles, load_checkpoint
-from common import errors_name_file
-from data import prepare
-from loader import Loader
-from model import HRM
-from optim import AdamATan2
-from tokenizer import FILES, check_file, choose_condition, fingerprint, load_encoding, read_meta
+from checkpoint import RunFiles
+from tokenizer import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +182,8 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --out_dir=new --n_layer=3", "n_layer (3) must be even"),
         (f"{TRAIN} --out_dir=new --bp_max=9", "bp_min (2) and bp_max (9) must rise"),
         (f"{TRAIN} --out_dir=new --block_size=8", "no document of the train split fits"),
+        (f"{TRAIN} --out_dir=new --batch_size=9999999", "9999999 rows of 256 tokens is too large: at most 134,217,728"),
+        (f"{TRAIN} -seed=1", "did you mean --seed=1?"),
         (f"{TRAIN} --dtype=float16", "dtype must be"),
         (f"{TRAIN} --device=gpu", "device gpu is not available"),
         (f"{TRAIN} --device=cpu:x", "device cpu:x is not available"),
@@ -200,6 +193,8 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --eval_iters=-1", "eval_iters must be at least 0"),
         (f"{TRAIN} --out_dir=", "must be names"),
         ("data.py --dataset=../out", "dataset is the name of a directory in data/, not a path: '../out'"),
+        ("data.py --dataset=x --threads=-1", "threads must be at least 0, not -1"),
+        ("data.py --dataset=x --tokenizer=train:99999999999999999999", "a vocabulary size from 263 to 2^31 - 1"),
         ("data.py --condition=drect", "unknown condition 'drect'"),
         ("data.py --source=data", "named after the split 'train'"),
         ("data.py --source=nowhere.jsonl", "there is no file nowhere.jsonl"),
@@ -252,140 +247,7 @@ def test_bad_input_ends_with_a_sentence(name, outcomes):
 
 
 # ----------------------------------------------------------------------------------------------------
-# fuzz: whatever the bytes, either it works or it ends with a sentence
-
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["cot", "train", "uint16"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=5,
-)
-edits = st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9))  # where, how many bytes go, what comes
-
-
-def spoiled(content, changes):
-    for where, gone, new in changes:
-        at = int(where * len(content))
-        content = content[:at] + new + content[at + gone :]
-    return content
-
-
-def paths_in(content, path=()):
-    """Every place in nested dicts and lists, as tuples of keys."""
-    keys = content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
-    return [path, *(p for key in keys for p in paths_in(content[key], (*path, key)))]
-
-
-def replaced(content, path, value):
-    """A copy with `value` at a path; without the key, if that is Ellipsis."""
-    if not path:
-        return {} if value is ... else value
-    copy = content.copy()
-    if value is ... and len(path) == 1:
-        del copy[path[0]]
-    else:
-        copy[path[0]] = replaced(content[path[0]], path[1:], value)
-    return copy
-
-
-def works_or_says(attempt):
-    """Anything but a ValueError or an OSError of one line is a traceback to the user."""
-    try:
-        return attempt()
-    except (ValueError, OSError) as e:
-        assert str(e) and "\n" not in str(e), e
-
-
-rows = st.fixed_dictionaries(
-    {}, optional=dict.fromkeys(("instruction", "response", "condition"), values | st.text(min_size=1))
-)
-lines = st.lists(
-    rows.map(lambda row: json.dumps(row).encode()) | values.map(lambda v: json.dumps(v).encode()) | st.binary()
-)
-
-
-@given(lines, st.booleans(), st.sampled_from(["truncate", "drop", "stop"]))
-def test_fuzz_jsonl(tmp_path_factory, lines, skip_bad, too_long):
-    place = tmp_path_factory.mktemp("jsonl")
-    (place / "x.jsonl").write_bytes(b"\n".join(lines))
-    options = dict(source=str(place / "x.jsonl"), skip_bad=skip_bad, too_long=too_long, block_size=16, val_fraction=0.0)
-    meta = works_or_says(lambda: prepare(place / "d", threads=1, **options))
-    assert {path.name for path in place.iterdir()} == {"x.jsonl"} | ({"d"} if meta else set())
-    if meta:
-        n = sum(len(batch.documents) for batch in Loader(place / "d", "train", 2, 16, epochs=1))
-        assert n == meta["splits"]["train"]["documents"]
-    shutil.rmtree(place)
-
-
-def read_all(directory):
-    meta = read_meta(directory)
-    for name in FILES:
-        check_file(directory, name, meta)
-    load_encoding(directory).decode([1, 2])
-    choose_condition("", directory)
-    for split in "train", "val":
-        if meta["splits"][split]["documents"]:
-            list(Loader(directory, split, 2, 256, epochs=1))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("small") / "d"
-    prepare(directory, n_problems=20, n_val_problems=5)
-    read_all(directory)
-    return directory
-
-
-@given(st.data())
-def test_fuzz_meta_json(small, tmp_path_factory, data):
-    place = tmp_path_factory.mktemp("meta") / "d"
-    shutil.copytree(small, place)
-    if data.draw(st.booleans()):
-        changes = data.draw(st.lists(edits, min_size=1, max_size=3))
-        damage(place / "meta.json", lambda content: spoiled(content, changes))
-    else:
-        meta = json.loads((place / "meta.json").read_text())
-        path = data.draw(st.sampled_from(paths_in(meta)))
-        (place / "meta.json").write_text(json.dumps(replaced(meta, path, data.draw(values | st.just(...)))))
-    works_or_says(lambda: read_all(place))
-    shutil.rmtree(place)
-
-
-@given(st.sampled_from(FILES), st.lists(edits, min_size=1, max_size=3), st.booleans())
-def test_fuzz_bins(small, tmp_path_factory, name, changes, seal):
-    place = tmp_path_factory.mktemp("bins") / "d"
-    shutil.copytree(small, place)
-    damage(place / name, lambda content: spoiled(content, changes), seal)
-    works_or_says(lambda: read_all(place))
-    shutil.rmtree(place)
-
-
-def resume(place):
-    """What train.py does with a checkpoint."""
-    ckpt, _ = load_checkpoint(place)
-    model = HRM.from_pretrained(place)
-    with errors_name_file(place / "ckpt.pt"):
-        model.load_state_dict(ckpt["model"])
-        AdamATan2(model.parameters(), lr=1e-3, ema=0.9).load_state_dict(ckpt["optimizer"])
-    Loader(place.parent / "data" / "problems", "train", 4, 256, 1337, state=ckpt["loader"])
-    return ckpt
-
-
-@given(st.data())
-def test_fuzz_checkpoint(trained, tmp_path_factory, data):
-    place = tmp_path_factory.mktemp("ckpt")
-    (place / "data").symlink_to(trained / "data")
-    shutil.copytree(trained / "out", place / "out")
-    path = place / "out" / "ckpt.pt"
-    if data.draw(st.booleans()):
-        changes = data.draw(st.lists(edits, min_size=1, max_size=3))
-        damage(path, lambda content: spoiled(content, changes))
-    else:
-        ckpt = torch.load(path, weights_only=True)
-        where = data.draw(st.sampled_from(paths_in(ckpt)))
-        tensors = st.sampled_from([torch.zeros(2), torch.zeros(2, 32, dtype=torch.int64), torch.zeros(0)])
-        torch.save(replaced(ckpt, where, data.draw(values | tensors | st.just(...))), path)
-    works_or_says(lambda: resume(place / "out"))
-    shutil.rmtree(place)
+# checkpoints
 
 
 def zipped(path, compressed=(), **changes):
@@ -446,7 +308,7 @@ def test_a_checkpoint_that_train_never_writes(name, trained, tmp_path):
     change, sentence = CHECKPOINTS[name]
     change(tmp_path / "out" / "ckpt.pt")
     with pytest.raises(ValueError, match=sentence) as error:
-        resume(tmp_path / "out")
+        resumed(tmp_path)
     assert "damaged" in str(error.value) or name == "other setting"
 
 
@@ -462,33 +324,3 @@ def test_only_what_was_loaded_becomes_the_checkpoint(trained, tmp_path):
         files.claim(trained / "data" / "problems", {}, "scratch")
         os.close(files.lock_handle)
         assert (tmp_path / "out" / "ckpt.pt").read_bytes() == content
-
-
-DEFAULTS = {}
-for assignment in settings_of(ROOT / "train.py").values():
-    exec(assignment, DEFAULTS)
-DEFAULTS.pop("__builtins__")
-names = st.sampled_from(list(DEFAULTS)) | st.text()
-python = st.lists(st.tuples(names, values.map(repr) | st.text()).map(" = ".join)).map("\n".join) | st.text()
-
-
-@given(st.binary() | python.map(lambda text: text.encode(errors="replace")))
-def test_fuzz_config_file(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("config") / "c.py"
-    path.write_bytes(content)
-    configured([str(path)])
-
-
-@given(st.lists(st.tuples(names, values.map(repr) | st.text()).map(lambda pair: f"--{pair[0]}={pair[1]}") | st.text()))
-def test_fuzz_arguments(arguments):
-    configured([a for a in arguments if a not in ("-h", "--help")])
-
-
-def configured(argv):
-    try:
-        settings = configure({"__file__": str(ROOT / "train.py"), "__doc__": "", **DEFAULTS}, argv)
-    except SystemExit as e:
-        assert isinstance(e.code, str) and e.code.strip()
-        assert "\n" not in e.code or "\n" in "".join(argv)
-    else:
-        assert all(type(settings[key]) is type(value) for key, value in DEFAULTS.items())
