@@ -358,10 +358,9 @@ def main():
             files.log(iter=step, val_loss=result[0], val_accuracy=result[1])
             print0(f"step {step}: validation loss {result[0]:.4f}, token accuracy {result[1]:.1%}")
             if ranks.master and sample_prompts:
-                some = range(min(sample_prompts, len(val_loader.ends)))
                 split = val_loader.tokens, val_loader.ends, val_loader.prefixes
                 with optimizer.averaged():
-                    print_answers(model, files.directory, [document(*split, d) for d in some])
+                    print_answers(model, files.directory, [document(*split, d) for d in range(len(split[1]))[:sample_prompts]])
         if is_last:
             break
 
