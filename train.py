@@ -310,9 +310,8 @@ def main():
     stop_asked, on_cuda = ranks.catch_stop_signals(), device.startswith("cuda")
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
     progress = Progress(files, model, max_iters, run["iter"], device)
-    threads, last_save = ThreadsByLoad(), time.monotonic()
+    threads, last_save, pending = ThreadsByLoad(), time.monotonic(), []  # pending: steps not yet known to be finite
     batches = exit_on_bad_data(prefetch(loader, pin=on_cuda))
-    pending = []  # steps not yet known to be finite
 
     def check_finite():
         """End the run, or count, for pending steps whose loss or gradient is not finite. Waits for the device."""
@@ -359,8 +358,9 @@ def main():
             print0(f"step {step}: validation loss {result[0]:.4f}, token accuracy {result[1]:.1%}")
             if ranks.master and sample_prompts:
                 split = val_loader.tokens, val_loader.ends, val_loader.prefixes
+                some = [document(*split, d) for d in range(len(val_loader.ends))[:sample_prompts]]
                 with optimizer.averaged():
-                    print_answers(model, files.directory, [document(*split, d) for d in range(len(split[1]))[:sample_prompts]])
+                    print_answers(model, files.directory, some)
         if is_last:
             break
 
