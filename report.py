@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from textwrap import fill
 
 import torch
 from tqdm import tqdm
@@ -18,7 +19,8 @@ class Progress:
     """The bar, speed and log lines of a run of `max_iters` steps that goes on after `step`. Speed is that since
     resume(), the first since pause() or log(): checkpoints and validation do not count."""
 
-    def __init__(self, files, model, max_iters, step, device):
+    def __init__(self, files, model, settings, max_iters, step, device):
+        print0(fill(", ".join(f"{key}={value}" for key, value in settings.items()), 120))
         self.files, self.model, self.max_iters, self.mark = files, model, max_iters, None
         on_cuda = device.startswith("cuda")
         name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
@@ -42,10 +44,11 @@ class Progress:
             loss.item()
             compilation = ", compilation included" if self.model.compile_blocks else ""
             print0(f"first step after {time.monotonic() - self.begin:.1f} s{compilation}")
+            self.first_mark, self.mark = self.mark, None  # its speed is that of compilation
 
     def log(self, step, metrics, lr, bp_steps, tokens, loader):
         """Print and log a step: `metrics` are scalars on the device, `loader` is its state."""
-        clock, step_before, tokens_before = self.mark
+        clock, step_before, tokens_before = self.mark or self.first_mark
         seconds, self.mark = time.monotonic() - clock, None
         speed = (tokens - tokens_before) / seconds
         flops = self.model.flops_per_token(bp_steps) * speed / ranks.world_size

@@ -15,12 +15,13 @@ from pathlib import Path
 from common import errors_name_file, exit_on_error
 from generate import load_for_inference, stream
 from sources import word_problems
+from tasks import heldout
 from tokenizer import encode_prompt, special_id
 
 # ---- settings ----
 out_dir = "out"  # of train.py
 init_from = ""  # in its place, a model in the Hugging Face layout: a directory or a hub id
-prompt = ""  # an instruction, or FILE:path to read it from; "": three word problems
+prompt = ""  # an instruction, or FILE:path to read it from; "": three held-out ones of the model's own dataset
 condition = ""  # direct, cot, synth, noisy, several (synth,cot), or none; "": that of most training documents
 num_samples = 1  # of each prompt
 max_new_tokens = 512
@@ -36,9 +37,9 @@ settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
 
-def answer(model, encoding, instruction, condition):
-    """Stream num_samples answers to an instruction to the terminal."""
-    ids, stop = encode_prompt(encoding, instruction, condition), special_id(encoding, "eoa")
+def answer(model, encoding, ids):
+    """Stream num_samples answers to a prompt to the terminal."""
+    stop = special_id(encoding, "eoa")
     for i in range(num_samples):
         print(f"--- sample {i + 1}" if num_samples > 1 else "---")
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
@@ -50,20 +51,27 @@ def answer(model, encoding, instruction, condition):
 
 
 def main():
-    instructions = [prompt] if prompt else [row["instruction"] for row in word_problems("val", 3, seed)]
+    instructions = [prompt] * bool(prompt)
     if prompt.startswith("FILE:"):
         file = Path(prompt.removeprefix("FILE:"))
         with errors_name_file(file):
             instructions = [file.read_text(encoding="utf-8").strip()]
-    model, encoding, tags = load_for_inference(init_from or out_dir, True, device, dtype, compile, condition)
-    for instruction in () if interactive else instructions:
-        print(instruction)
-        answer(model, encoding, instruction, tags)
+    name = init_from or out_dir
+    model, encoding, tags = load_for_inference(name, True, device, dtype, compile, condition)
+    prompts = [encode_prompt(encoding, instruction, tags) for instruction in instructions]
+    if not prompt and not interactive:
+        try:
+            prompts = [ids for ids, _ in heldout(Path(name), 3)]
+        except ValueError:  # a model in the Hugging Face layout, say
+            prompts = [encode_prompt(encoding, row["instruction"], tags) for row in word_problems("val", 3, seed)]
+    for ids in () if interactive else prompts:
+        print(encoding.decode([id for id in ids if id not in encoding.special_tokens.values()]))
+        answer(model, encoding, ids)
         print()
     while interactive:
         try:
             if line := input("A prompt, or Ctrl-D to end > ").strip():
-                answer(model, encoding, line, tags)
+                answer(model, encoding, encode_prompt(encoding, line, tags))
         except EOFError:
             return print()
         except ValueError as e:  # the prompt is too long, say

@@ -268,7 +268,6 @@ def setup():
         if epochs:
             max_iters = max(1, round(epochs * loader.n_tokens / (batch_size * block_size)))
         torch.manual_seed(seed)
-        print0(", ".join(f"{key}={value}" for key, value in settings.items()))
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
         bp_max = bp_max or min(5, model.config.n_steps)
         if not 2 <= bp_min <= bp_max <= model.config.n_steps:
@@ -309,7 +308,7 @@ def main():
     model, optimizer, loader, val_loader, files, run = setup()
     stop_asked, on_cuda = ranks.catch_stop_signals(), device.startswith("cuda")
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
-    progress = Progress(files, model, max_iters, run["iter"], device)
+    progress = Progress(files, model, settings, max_iters, run["iter"], device)
     threads, last_save, pending = ThreadsByLoad(), time.monotonic(), []  # pending: steps not yet known to be finite
     batches = exit_on_bad_data(prefetch(loader, pin=on_cuda))
 
