@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from common import compiled, upload
+from devices import compiled, upload
 
 
 class PaddedBatches(NamedTuple):

@@ -34,7 +34,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import choose_device, exit_on_error
+from common import exit_on_error
+from devices import choose_device
 from hf import save_hf
 from loader import Loader
 from model import HRM, IGNORE, HRMConfig

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from attention import attend, padded_batches
-from common import ThreadsByLoad, choose_device, compiled, local_directory, one_line, upload
+from common import local_directory, one_line
+from devices import ThreadsByLoad, choose_device, compiled, upload
 from model import HRM, output_and_mlp, project_gqkv, visible_keys
 from tokenizer import choose_condition, load_encoding
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from common import choose_device, errors_name_file, exit_on_error, read_json, replace_files
+from common import errors_name_file, exit_on_error, read_json, replace_files
+from devices import choose_device
 from model import HRM, BlockWeights, HRMConfig, weight_shapes
 from tokenizer import CONDITIONS, SPECIAL, byte_alphabet, choose_condition, load_encoding, portable, special_id
 

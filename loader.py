@@ -114,8 +114,8 @@ class Loader:
                 if self.state[key] != value:
                     change = f"{key} is {value}, in the loader's state {self.state[key]}"
                     raise ValueError(f"{directory} gives another plan than the run had: {change}")
-            known = self.state["epoch"] >= 0 and 0 <= self.state["cursor"] < len(eligible)
-            if not known or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):
+            beyond = self.state["cursor"] >= len(eligible)
+            if beyond or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):
                 raise ValueError(f"{directory} has no such place in it")
         self.order = self._permutation(self.state["epoch"])
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import attend, flex_mask, padded_batches
-from common import brief, compiled, upload
+from common import brief
+from devices import compiled, upload
 
 IGNORE = -100  # target of positions that carry no loss
 LOGITS_PER_CHUNK = 2**28  # of the loss; a chunk takes 1 GB in fp32, and the peak is about 3 times that

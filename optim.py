@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common import compiled
+from devices import compiled
 
 
 def adam_atan2(p, grad, m, v, ema, lr, correction1, correction2, ema_rate, beta1, beta2, weight_decay):

@@ -65,16 +65,16 @@ class Progress:
 
 def print_answers(model, directory, documents, max_new_tokens=64):
     """Print the instructions of documents, which are (ids, length of the prefix), and the model's answers to them."""
+    compile_blocks, model.compile_blocks = model.compile_blocks, False  # it would take longer than so few tokens
     try:
         encoding = load_encoding(directory)
-    except ValueError as e:  # without tiktoken, say, which training itself does not need
-        return print0(f"  no sample answers: {e}")
-    special, compile_blocks = encoding.special_tokens.values(), model.compile_blocks
-    model.compile_blocks = False  # to compile would take longer than so few tokens
-    for ids, n_prefix in documents:
-        events = stream(model, [ids[:n_prefix]], max_new_tokens, stop_token=special_id(encoding, "eoa"))
-        new = [id for step in events for _, id in step if id is not None]
-        texts = (encoding.decode([id for id in part if id not in special]) for part in (ids[:n_prefix], new))
-        instruction, answer = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
-        print0(f"  {instruction[-200:]} -> {answer}")
+        special, stop = encoding.special_tokens.values(), special_id(encoding, "eoa")
+        for ids, n_prefix in documents:
+            events = stream(model, [ids[:n_prefix]], max_new_tokens, stop_token=stop)
+            new = [id for step in events for _, id in step if id is not None]
+            texts = (encoding.decode([id for id in part if id not in special]) for part in (ids[:n_prefix], new))
+            instruction, answer = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
+            print0(f"  {instruction[-200:]} -> {answer}")
+    except ValueError as e:  # without tiktoken, say, or with weights that diverge
+        print0(f"  no sample answers: {e}")
     model.compile_blocks = compile_blocks

@@ -30,7 +30,8 @@ import torch
 import plot
 import ranks
 from checkpoint import RunFiles, read_settings
-from common import Forgiving, ThreadsByLoad, choose_device, errors_name_file, finish_rename, missing_compiler, one_line
+from common import Forgiving, errors_name_file, finish_rename, one_line
+from devices import ThreadsByLoad, choose_device, missing_compiler
 from loader import Loader, document, prefetch
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
@@ -357,15 +358,14 @@ def main():
             files.log(iter=step, val_loss=result[0], val_accuracy=result[1])
             print0(f"step {step}: validation loss {result[0]:.4f}, token accuracy {result[1]:.1%}")
             if ranks.master and sample_prompts:
-                some = range(min(sample_prompts, len(val_loader.ends)))
                 split = val_loader.tokens, val_loader.ends, val_loader.prefixes
                 with optimizer.averaged():
-                    print_answers(model, files.directory, [document(*split, d) for d in some])
+                    print_answers(model, files.directory, [document(*split, d) for d in range(len(split[1]))[:sample_prompts]])
         if is_last:
             break
 
         if n_threads := threads.adapt():
-            print0(f"step {step}: {n_threads} CPU threads from here on, as other processes take or leave the cores")
+            print0(f"step {step}: CPU threads: {n_threads}, as others use the cores; all again when those are free")
         batch, bp_steps, lr = next(batches), bp_steps_at(step), learning_rate_at(step)
         progress.resume(step, run["tokens"])
         torch.manual_seed(hash((seed, step, ranks.rank)))  # dropout, if you add it, is then the same after a resume
@@ -388,10 +388,10 @@ def main():
     memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_cuda else ""
     print0(f"{sentence}; checkpoint: {files.directory / 'ckpt.pt'}{memory}")
     if stop:
-        print0(f"to go on: train.py --init_from=resume --out_dir={out_dir}")
+        print0(f"to go on: python train.py --init_from=resume --out_dir={files.directory}")
     elif ranks.master and find_spec("matplotlib"):
         with suppress(ValueError, OSError):  # the run is complete without
-            plot.draw([out_dir], files.directory / "loss.svg")
+            plot.draw([files.directory], files.directory / "loss.svg")
             print0(f"its losses: {files.directory / 'loss.svg'}")
     ranks.shutdown(status=0)
 

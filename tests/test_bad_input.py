@@ -180,7 +180,7 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --out_dir=new --init_from=resume", "there is no checkpoint new/ckpt.pt"),
         (f"{TRAIN} --out_dir=new --init_from=nowhere", "there is no directory nowhere"),
         (f"{TRAIN} --out_dir=new --n_layer=3", "n_layer (3) must be even"),
-        (f"{TRAIN} --out_dir=new --bp_max=9", "bp_min (2) and bp_max (9)"),
+        (f"{TRAIN} --out_dir=new --bp_max=9", "bp_min (2) and bp_max (9) must rise"),
         (f"{TRAIN} --out_dir=new --block_size=8", "no document of the train split fits"),
         (f"{TRAIN} --out_dir=new --batch_size=9999999", "9999999 rows of 256 tokens is too large: at most 134,217,728"),
         (f"{TRAIN} -seed=1", "did you mean --seed=1?"),
@@ -296,7 +296,7 @@ CHECKPOINTS = {  # what to do to ckpt.pt: what the sentence must say
         "its tensors share memory",
     ),
     "other setting": (changed(lambda ckpt: ckpt["config"].update(dropout=0.1)), "has a setting dropout, which the"),
-    "cursor": (changed(lambda ckpt: ckpt["loader"].update(cursor=10**9)), "damaged: .* has no such place in it"),
+    "cursor": (changed(lambda ckpt: ckpt["loader"].update(cursor=10**9)), "the loader's state is damaged: .*no such"),
     "count": (changed(lambda ckpt: ckpt.update(iter=-1)), "iter is -1"),
 }
 

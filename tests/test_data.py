@@ -344,7 +344,7 @@ def test_documents_longer_than_a_row_are_left_out_and_counted(varied):
 @pytest.mark.parametrize("change", [dict(cursor=2000), dict(waiting=[2000]), dict(waiting=["1"]), dict(epoch=-1)])
 def test_a_place_that_is_not_there_is_refused(varied, change):
     state = Loader(varied, "train", 4, 2048).state | change
-    with pytest.raises(ValueError, match="the loader's state is damaged: .* has no such place"):
+    with pytest.raises(ValueError, match="the loader's state is damaged"):
         Loader(varied, "train", 4, 2048, state=state)
 
 

@@ -120,7 +120,7 @@ def test_heldout_rows_that_are_not_there(run_dir):
     change_val(run_dir, "val.idx", kept[1])
     assert "(20 that data.py cut off are left out): prepare it" in (said := refusal()) and "--block_size" in said
     change_val(run_dir, "val.bin", b"\xff\xff" + kept[0][2:])  # in a prefix
-    with pytest.raises(ValueError, match="val.bin is damaged: it lacks 'Invalid token"):
+    with pytest.raises(ValueError, match="val.bin is damaged: the tokenizer bytes has no token"):
         tasks.heldout(source=run_dir, limit=0)
     shutil.copy(run_dir / "meta.json", run_dir / "other.json")
     change_val(run_dir, "val.bin", kept[0])

@@ -8,7 +8,7 @@ from importlib.machinery import all_suffixes
 
 from scripts import ENV, ROOT, TINY, run
 
-ROOMS = "configurator common attention model optim tokenizer generate hf ranks checkpoint report plot".split()
+ROOMS = "configurator common devices attention model optim tokenizer generate hf ranks checkpoint report plot".split()
 ROOMS += "sources loader data tasks train sample eval bench".split()
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
 EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb".split()
@@ -45,10 +45,12 @@ def test_a_package_in_data_is_never_run(tmp_path):
 
 
 def test_importing_does_nothing():
-    """It reads no argument, starts no device, and needs no library that only some uses need."""
+    """It reads no argument, starts no device, and needs no library that only some uses need. data.py needs no torch."""
     code = f"""
 import sys
 sys.argv = ["x", "--nonsense=1"]
+import data, plot
+assert "torch" not in sys.modules
 import {", ".join(ROOMS)}
 import torch
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()

@@ -1,0 +1,92 @@
+"""Where computation runs: the choice of a device, compilation, and CPU threads."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def choose_device(device, dtype):
+    """The settings `device` and `dtype`, either of which may be "auto" -> (device, torch dtype). auto is the first of
+    cuda, mps and cpu that is here, and bfloat16 where the device multiplies it. Raises ValueError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process on its node
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = device.partition(":")
+    if not counts.get(kind) or (index and not (index.isdecimal() and int(index) < counts[kind])):
+        available = ", ".join(f"{d}{f':0 to {n - 1}' * (n > 1)}" for d, n in counts.items() if n)
+        raise ValueError(f"device {device} is not available; this machine has {available}")
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" or (kind == "cpu" and cpu_multiplies_bf16()) else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    return device, getattr(torch, dtype)
+
+
+def cpu_multiplies_bf16():
+    """Whether this CPU has instructions for products of bfloat16, at least twice as fast as fp32's."""
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+
+def missing_compiler():
+    """The name of the C++ compiler that torch.compile would start, if it is not here, else None."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return None if os.name == "nt" or shutil.which(compiler) else compiler
+
+
+@cache
+def compiled(function, dynamic=False):
+    """torch.compile(function), one for all callers."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it, a call runs uncompiled; generation has shapes of its own
+    options = {"cpp.dynamic_threads": True}  # for ThreadsByLoad; as fast as a fixed number
+    return torch.compile(function, dynamic=dynamic, options=options)
+
+
+class ThreadsByLoad:
+    """torch's number of CPU threads, fitted to the cores that other processes leave free. OpenMP's threads wait for
+    each other many times a second, so one without a core of its own makes all of them up to ten times slower. On Linux;
+    elsewhere, and where OMP_NUM_THREADS is set, the number stays. Another number changes results by rounding."""
+
+    def __init__(self):
+        self.most, self.lowered = torch.get_num_threads(), 0.0
+        self.fixed = "OMP_NUM_THREADS" in os.environ or not Path("/proc/self/schedstat").exists()
+        self.clock, self.waited = time.monotonic(), self._waited()
+
+    def _waited(self):
+        """Seconds for which this process's threads, all together, have been ready to run and had no core."""
+        total = 0
+        for path in () if self.fixed else Path("/proc/self/task").glob("*/schedstat"):
+            with suppress(OSError, IndexError):  # the thread has ended
+                total += int(path.read_text().split()[1])
+        return total / 1e9
+
+    def adapt(self):
+        """Call this often; it looks once a second. Returns the number when it falls for the first time, else None."""
+        now, n = time.monotonic(), torch.get_num_threads()
+        if self.fixed or now - self.clock < 1:
+            return None
+        waited = self._waited()
+        missing, self.clock, self.waited = (waited - self.waited) / (now - self.clock), now, waited  # cores
+        if missing > 0.25 and n > 1:
+            torch.set_num_threads(max(1, n - math.ceil(missing)))
+            first, self.lowered = not self.lowered, now
+            return torch.get_num_threads() if first else None
+        if n < self.most and now - self.lowered > 60:
+            torch.set_num_threads(self.most)  # the next look shows whether they have cores
+
+
+def upload(tensor, device):
+    """The tensor on `device`, without waiting for the device."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    return tensor.to(device)
