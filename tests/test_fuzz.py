@@ -122,7 +122,7 @@ def mutated(draw, content):
             node = node[key]
             key, odds = draw(st.sampled_from([*node] if isinstance(node, dict) else range(len(node)))), 8
         like = similar(node[key])
-        value = draw(st.sampled_from(like) if like and draw(st.integers(0, 2)) else odd)
+        value = deepcopy(draw(st.sampled_from(like) if like and draw(st.integers(0, 2)) else odd))
         match draw(st.sampled_from(["replace", "replace", "replace", "replace", "drop", "twice", "rename", "swap"])):
             case "drop" if node is not box:
                 del node[key]
