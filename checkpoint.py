@@ -131,7 +131,7 @@ def load_pretrained(name, average=True):
 
 
 def read_settings(directory, settings):
-    """Of the settings {name: value}, those that the run in a directory was started with, but for where it is."""
+    """Of the settings {name: value}, those that the run in a directory was last started with, but for where it is."""
     path = Path(directory, "run.json")
     saved = read_json(path).get("settings") if path.exists() else {}
     with errors_name_file(path):
@@ -154,7 +154,8 @@ class RunFiles:
         """(what to start from, checkpoint or None) for the setting init_from. A run that torchrun has started again
         resumes by itself. Raises ValueError if the directory is another run's, or another process writes to it."""
         out = self.directory
-        if out.is_dir():
+        self.existed = out.is_dir()
+        if self.existed:
             self._lock()
         claimed = read_json(out / "run.json") if (out / "run.json").exists() else {}
         if init_from != "resume" and not (ranks.launch_id and claimed.get("launch") == ranks.launch_id):
@@ -170,7 +171,7 @@ class RunFiles:
     def claim(self, data_dir, settings, origin):
         """Make the directory this run's, with no trace of steps after its newest whole checkpoint."""
         out, step = self.directory, self.saved or 0
-        if not self.lock_handle:
+        if not self.existed:
             out.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._refuse_other_runs()  # another may have begun a moment ago
@@ -311,10 +312,9 @@ class RunFiles:
 
 
 def logged_before(line, step):
-    """Whether a line of log.jsonl is whole, and was there when the checkpoint of this step was taken, or tells of a
-    step that went wrong."""
+    """Whether a line of log.jsonl is whole, and was there when the checkpoint of this step was taken."""
     try:
         entry = json.loads(line)
-        return "nonfinite" in entry or entry["iter"] < step or (entry["iter"] == step and "val_loss" not in entry)
+        return entry["iter"] < step or (entry["iter"] == step and "val_loss" not in entry)
     except (ValueError, KeyError, TypeError):
         return False

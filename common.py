@@ -33,7 +33,10 @@ class Forgiving:
 
     def write(self, text):
         with suppress(OSError, ValueError):
-            self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
         return len(text)
 
     def flush(self):
@@ -45,6 +48,7 @@ class Forgiving:
 def exit_on_error(interrupted="interrupted"):
     """Errors that a user can cause end the script with one sentence, and so does Ctrl-C; `| head` without a word."""
     script, sys.stderr = Path(sys.argv[0]).name, Forgiving(sys.stderr)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # the shell's >&-
     try:
         yield
         print(end="", flush=True)  # what fails here is told, as elsewhere

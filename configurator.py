@@ -89,6 +89,9 @@ def configure(settings, argv=None):
 
 
 # ---- before torch loads ----
-if Path(sys.argv[0]).name in SCRIPTS and {"-h", "--help"} & {*sys.argv[1:]}:
-    print_help(Path(sys.argv[0]))
-    sys.exit(0)
+script = Path(sys.argv[0]).resolve()
+if {"-h", "--help"} & {*sys.argv[1:]} and script.parent == Path(__file__).resolve().parent and script.name in SCRIPTS:
+    with suppress(BrokenPipeError):  # --help | head
+        print_help(script)
+        sys.stdout.flush()
+    os._exit(0)

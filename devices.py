@@ -1,6 +1,5 @@
 """Where computation runs: the choice of a device, compilation, and CPU threads."""
 
-import math
 import os
 import shutil
 import sys
@@ -40,8 +39,8 @@ def cpu_multiplies_bf16():
 
 def missing_compiler():
     """The name of the C++ compiler that torch.compile would start, if it is not here, else None."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return None if os.name == "nt" or shutil.which(compiler) else compiler
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    return None if shutil.which(compiler) else compiler
 
 
 @cache
@@ -53,9 +52,9 @@ def compiled(function, dynamic=False):
 
 
 class ThreadsByLoad:
-    """torch's number of CPU threads, fitted to the cores that other processes leave free. OpenMP's threads wait for
-    each other many times a second, so one without a core of its own makes all of them up to ten times slower. On Linux;
-    elsewhere, and where OMP_NUM_THREADS is set, the number stays. Another number changes results by rounding."""
+    """torch's number of CPU threads, fitted to the cores that are free. OpenMP's threads wait for each other many times
+    a second, so one without a core of its own makes all of them up to ten times slower. On Linux; elsewhere, and where
+    OMP_NUM_THREADS is set, the number stays. Another number changes results by rounding."""
 
     def __init__(self):
         self.most, self.lowered = torch.get_num_threads(), 0.0
@@ -70,19 +69,25 @@ class ThreadsByLoad:
                 total += int(path.read_text().split()[1])
         return total / 1e9
 
-    def adapt(self):
+    def adapt(self, device):
         """Call this often; it looks once a second. Returns the number when it falls for the first time, else None."""
         now, n = time.monotonic(), torch.get_num_threads()
-        if self.fixed or now - self.clock < 1:
+        if self.fixed or device.type != "cpu" or now - self.clock < 1:
             return None
         waited = self._waited()
         missing, self.clock, self.waited = (waited - self.waited) / (now - self.clock), now, waited  # cores
         if missing > 0.25 and n > 1:
-            torch.set_num_threads(max(1, n - math.ceil(missing)))
+            torch.set_num_threads(max(1, n // 2))  # few numbers, as compiled code is compiled again for each
             first, self.lowered = not self.lowered, now
             return torch.get_num_threads() if first else None
         if n < self.most and now - self.lowered > 60:
             torch.set_num_threads(self.most)  # the next look shows whether they have cores
+
+
+@cache
+def cpu_threads():
+    """The ThreadsByLoad of this process."""
+    return ThreadsByLoad()
 
 
 def upload(tensor, device):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from attention import attend, padded_batches
 from common import local_directory, one_line
-from devices import ThreadsByLoad, choose_device, compiled, upload
+from devices import choose_device, compiled, cpu_threads, upload
 from model import HRM, output_and_mlp, project_gqkv, visible_keys
 from tokenizer import choose_condition, load_encoding
 
@@ -30,12 +30,17 @@ def load_for_inference(name, average=True, device="auto", dtype="auto", compile=
     model, encoding = HRM.from_pretrained(source, average).to(device, dtype), load_encoding(source)
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {encoding.n_vocab} ids and the model {model.config.vocab_size}")
-    without_token = torch.tensor([i for i in range(model.config.vocab_size) if i not in encoding.tokens], device=device)
-    model.banned_ids = without_token if len(without_token) else None
+    ban_ids_without_token(model, encoding)
     model.compute_dtype, model.compile_blocks = dtype, compile
     condition = choose_condition(condition, source)
     print(f"{name}, on {device}, {str(dtype).removeprefix('torch.')}; condition: {condition or 'none'}")
     return model, encoding, condition
+
+
+def ban_ids_without_token(model, encoding):
+    """Have generation choose none of the ids that have no token: a vocabulary may exceed its tokenizer."""
+    ids = [i for i in range(model.config.vocab_size) if i not in encoding.tokens]
+    model.banned_ids = torch.tensor(ids, device=model.embed.device) if ids else None
 
 
 def cache_bytes_per_token(model):
@@ -65,9 +70,9 @@ def stream(
     choose = partial(choose_ids, model.banned_ids, temperature, top_k, top_p, generator)
     engine = Engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
     waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
-    in_slot, n_generated, threads = [None] * n_slots, [0] * len(prompts), ThreadsByLoad()
+    in_slot, n_generated = [None] * n_slots, [0] * len(prompts)
     while waiting or any(i is not None for i in in_slot):
-        threads.adapt()
+        cpu_threads().adapt(model.embed.device)
         free = [slot for slot, i in enumerate(in_slot) if i is None]
         if waiting and 16 * len(free) >= n_slots:  # refill when at least 1/16 of the slots are free
             active, n_tokens = [], 0
@@ -163,7 +168,7 @@ class Engine:
         self.pos[slots] = lengths
 
     def decode(self, longest):
-        """Choose the next id of every slot, the longest of which has so many tokens. In free slots it means nothing."""
+        """Choose the next id of every slot; the longest has `longest` tokens. In free slots it means nothing."""
         power = 2 ** (max(64, longest) - 1).bit_length()  # lengths are rounded up to 48, 64, 96, 128, 192, ...
         length = min(power // 4 * 3 if longest <= power // 4 * 3 else power, self.max_len)
         if self.use_graphs and length not in self.graphs:

@@ -1,6 +1,6 @@
 """The Hugging Face layout, in and out: config.json, weights and tokenizer.
 
-python hf.py --out_dir=out --export_dir=out-hf       # exports a run of train.py
+    python hf.py --out_dir=out --export_dir=out-hf       # exports a run of train.py
 """
 
 from configurator import configure
@@ -22,6 +22,8 @@ export_dir = "out-hf"  # where to write its config.json, model.safetensors and t
 average = True  # the weights' moving average; False: the weights themselves
 dtype = "float32"  # of the weights written, or bfloat16
 settings = configure(globals())
+
+
 # ---- config.json and model.safetensors ----
 HF_CONFIG = {  # their name: ours, and the type
     "vocab_size": ("vocab_size", int),

@@ -113,7 +113,9 @@ def gather(value):
     troubles = {i: v for i, v in enumerate(values) if isinstance(v, Trouble)}
     if troubles:
         sentence = troubles.get(0) or "; ".join(f"rank {i}: {v}" for i, v in troubles.items())
-        print0(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        if master or not dist.is_initialized():
+            tqdm.write(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+            sys.stderr.flush()
         if dist.is_initialized():  # torchrun, when it sees the end of one rank, might end the one that is to speak
             dist.barrier(cpu_group)
         shutdown()

@@ -22,7 +22,7 @@ from tokenizer import encode_prompt, special_id
 out_dir = "out"  # of train.py
 init_from = ""  # in its place, a model in the Hugging Face layout: a directory or a hub id
 prompt = ""  # an instruction, or FILE:path to read it from; "": three held-out ones of the model's own dataset
-condition = ""  # direct, cot, synth, noisy, several (synth,cot), or none; "": that of most training documents
+condition = ""  # of your prompts: direct, cot, synth, noisy, several (synth,cot), none; "": most documents' own
 num_samples = 1  # of each prompt
 max_new_tokens = 512
 temperature = 0.0  # 0: always the likeliest token
@@ -61,8 +61,8 @@ def main():
     prompts = [encode_prompt(encoding, instruction, tags) for instruction in instructions]
     if not prompt and not interactive:
         try:
-            prompts = [ids for ids, _ in heldout(Path(name), 3)]
-        except ValueError:  # a model in the Hugging Face layout, say
+            prompts = [ids for ids, _ in heldout(Path(name), 3) if len(ids) <= model.config.block_size]
+        except (ValueError, OSError):  # a model in the Hugging Face layout, say
             prompts = [encode_prompt(encoding, row["instruction"], tags) for row in word_problems("val", 3, seed)]
     for ids in () if interactive else prompts:
         print(encoding.decode([id for id in ids if id not in encoding.special_tokens.values()]))

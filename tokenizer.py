@@ -127,7 +127,7 @@ class Encoding:
                 raise
             raise ValueError(f"the regex {self.pat_str[:99]!r} fails on {text[:20]!r}") from None
 
-    encode_ordinary = encode
+    encode_ordinary = encode  # as in tiktoken
 
     def decode(self, ids):
         return b"".join(map(self.decode_single_token_bytes, ids)).decode("utf-8", errors="replace")

@@ -31,7 +31,7 @@ import plot
 import ranks
 from checkpoint import RunFiles, read_settings
 from common import Forgiving, errors_name_file, finish_rename, one_line
-from devices import ThreadsByLoad, choose_device, missing_compiler
+from devices import choose_device, cpu_threads, missing_compiler
 from loader import Loader, document, prefetch
 from model import HRM, IGNORE, HRMConfig
 from optim import AdamATan2
@@ -167,7 +167,7 @@ def check_settings():
     """Raise ValueError, in one sentence, for a setting that would fail later."""
     at_least_1 = ("max_iters", "batch_size", "micro_batch_size", "block_size", "log_interval", "keep_checkpoints")
     at_least_0 = ("epochs", "learning_rate", "weight_decay", "warmup_iters", "seed", "eval_interval", "eval_iters")
-    at_least_0 += ("checkpoint_interval", "checkpoint_minutes", "skip_nonfinite")
+    at_least_0 += ("checkpoint_interval", "checkpoint_minutes", "skip_nonfinite", "sample_prompts")
     for keys, low, high in (at_least_1, 1, sys.maxsize), (at_least_0, 0, sys.maxsize), (("decay", "bp_warmup"), 0, 1):
         for key in keys:
             if not low <= settings[key] <= high:
@@ -227,13 +227,12 @@ def make_model(start_from, ckpt_meta, data_dir):
 
 
 def check_ranks_agree(data_dir):
-    """End all ranks unless their data, code, torch and settings are the same."""
+    """End all ranks unless their data, code and torch are the same."""
     names = "attention.py", "model.py", "optim.py", "loader.py", "train.py"
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
     meta = read_meta(data_dir)
     ours = {f"{data_dir / name}": check_file(data_dir, name, meta) for name in FILES}
     ours |= {"the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__}
-    ours |= {key: value for key, value in settings.items() if key != "out_dir"}
     ranks.check_agreement(ours)
 
 
@@ -247,6 +246,7 @@ def setup():
         data_dir, out = Path("data", dataset), Path(out_dir)
         device, dtype = choose_device(device, dtype)
         ranks.start(device)
+        ranks.check_agreement({key: value for key, value in settings.items() if key != "out_dir"})
         check_settings()
         if compile and (missing := missing_compiler()):
             compile = False
@@ -309,7 +309,7 @@ def main():
     stop_asked, on_cuda = ranks.catch_stop_signals(), device.startswith("cuda")
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
     progress = Progress(files, model, settings, max_iters, run["iter"], device)
-    threads, last_save, pending = ThreadsByLoad(), time.monotonic(), []  # pending: steps not yet known to be finite
+    last_save, pending = time.monotonic(), []  # pending: steps not yet known to be finite
     batches = exit_on_bad_data(prefetch(loader, pin=on_cuda))
 
     def check_finite():
@@ -357,13 +357,13 @@ def main():
             print0(f"step {step}: validation loss {result[0]:.4f}, token accuracy {result[1]:.1%}")
             if ranks.master and sample_prompts:
                 split = val_loader.tokens, val_loader.ends, val_loader.prefixes
-                some = [document(*split, d) for d in range(len(val_loader.ends))[:sample_prompts]]
+                some = [document(*split, d) for d in val_loader.order[:sample_prompts].tolist()]
                 with optimizer.averaged():
                     print_answers(model, files.directory, some)
         if is_last:
             break
 
-        if n_threads := threads.adapt():
+        if n_threads := cpu_threads().adapt(model.embed.device):
             print0(f"step {step}: CPU threads: {n_threads}, as others use the cores; all again when those are free")
         batch, bp_steps, lr = next(batches), bp_steps_at(step), learning_rate_at(step)
         progress.resume(step, run["tokens"])

@@ -258,9 +258,6 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(workplace, whole, wh
     assert done.returncode == 1 and (ranks > 1 or "Traceback" not in done.stderr)
     assert read_log(workplace / "out", "documents") == {5: documents}
     run(workplace, "train.py", *RUN, "--init_from=resume")
-    log = (workplace / "out" / "log.jsonl").read_text().splitlines(True)
-    assert [json.loads(line)["documents"] for line in log if "nonfinite" in line] == [documents]  # it stays
-    (workplace / "out" / "log.jsonl").write_text("".join(line for line in log if "nonfinite" not in line))
     if ranks == 1:
         assert_same_run(workplace / "out", whole)
 

@@ -106,7 +106,7 @@ def test_threads_follow_the_load(monkeypatch):
     told, numbers = [], []
     for second in range(1, 70):
         clock[0], waited[0] = second, waited[0] + (1.1 if second == 3 else 0.05)
-        told.append(threads.adapt())
+        told.append(threads.adapt(torch.device("cpu")))
         numbers.append(n[0])
     assert numbers == [4] * 2 + [2] * 61 + [4] * 6 and [x for x in told if x] == [2]
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
