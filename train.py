@@ -3,11 +3,12 @@
     python train.py config/demo.py                                            # a laptop: minutes, and it can do sums
     torchrun --standalone --nproc_per_node=8 train.py config/hrm1b.py         # a node of 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/hrm1b.py
-    python train.py config/demo.py --init_from=resume                         # go on from out_dir/ckpt.pt
+    python train.py --init_from=resume --out_dir=out                          # go on from out/ckpt.pt
 
 A step is batch_size rows of packed documents, shared among the ranks and then among micro-batches; the number of either
 changes nothing but speed and memory. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end. A run that was killed,
-whenever that was, goes on to the same weights, bit for bit; under torchrun --max-restarts=N it does so by itself.
+whenever that was, goes on to the same weights, bit for bit with as many CPU threads; under torchrun --max-restarts=N it
+does so by itself.
 """
 
 from configurator import configure
