@@ -66,7 +66,9 @@ def attend(q, k, v, mask):
     """softmax(q k) v under either mask. q (scaled already), k, v, result: (B, T, n_head, head_dim)."""
     if isinstance(mask, BlockMask):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return compiled(flex_attention)(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
+        # On a CPU its kernel has memory for as many threads as there were when it was compiled (torch 2.13).
+        flex = compiled(flex_attention, fixed_threads=True)
+        return flex(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
     n_head, head_dim = q.shape[2:]
     sizes = [len(bias) * n_head * bias.size(-1) for bias in mask.bias]
     batches = []

@@ -44,10 +44,10 @@ def missing_compiler():
 
 
 @cache
-def compiled(function, dynamic=False):
-    """torch.compile(function), one for all callers."""
+def compiled(function, dynamic=False, fixed_threads=False):
+    """torch.compile(function), one for all callers. fixed_threads: compiled anew for another number of CPU threads."""
     torch._dynamo.config.recompile_limit = 64  # beyond it, a call runs uncompiled; generation has shapes of its own
-    options = {"cpp.dynamic_threads": True}  # for ThreadsByLoad; as fast as a fixed number
+    options = {"cpp.dynamic_threads": not fixed_threads}  # for ThreadsByLoad; as fast as a fixed number
     return torch.compile(function, dynamic=dynamic, options=options)
 
 
