@@ -196,8 +196,8 @@ CASES |= {  # settings that cannot be
         ("data.py --dataset=x --threads=-1", "threads must be at least 0, not -1"),
         ("data.py --dataset=x --tokenizer=train:99999999999999999999", "a vocabulary size from 263 to 2^31 - 1"),
         ("data.py --condition=drect", "unknown condition 'drect'"),
-        ("data.py --source=data", "named after the split 'train'"),
-        ("data.py --source=nowhere.jsonl", "there is no file nowhere.jsonl"),
+        ("data.py --dataset=x --source=data", "named after the split 'train'"),
+        ("data.py --dataset=x --source=nowhere.jsonl", "there is no file nowhere.jsonl"),
         ("sample.py --out_dir=nowhere", "there is no directory nowhere"),
         ("eval.py --out_dir=nowhere", "there is no directory nowhere"),
     )
