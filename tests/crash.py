@@ -1,7 +1,7 @@
 """
-python crash.py SCRIPT ARGS: runs a script that kills itself, with SIGKILL, at the moment that CRASH="moment n" names:
-the nth time (counted from 1) that it comes by. In a run of several ranks, the one of CRASH_RANK alone does. Two moments
-do not kill: at "loss" the loss is nan, and at "gradient" the gradients are infinite.
+python crash.py SCRIPT ARGS: runs a script that kills itself, with SIGKILL or the signal that CRASH_SIGNAL names, at the
+moment that CRASH="moment n" names: the nth time (counted from 1) that it comes by. In a run of several ranks, that of
+CRASH_RANK alone does. Two moments do not kill: at "loss" the loss is nan, and at "gradient" the gradients are infinite.
 """
 
 import io
@@ -24,7 +24,7 @@ passed = 0
 
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, os.environ.get("CRASH_SIGNAL", "SIGKILL")))
 
 
 def at_nth(function, counts=lambda *args: True):

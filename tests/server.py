@@ -39,5 +39,5 @@ if "SECONDS" in env:  # limits
     signal.alarm(int(env["SECONDS"]))
     resource.setrlimit(resource.RLIMIT_DATA, (int(env["MEMORY"]),) * 2)
 numpy.random.seed()
-sys.path[0] = os.path.dirname(sys.argv[0])
+sys.path[:1] = [os.path.dirname(sys.argv[0]), *env.get("PYTHONPATH", "").split()]
 runpy.run_path(sys.argv[0], run_name="__main__")
