@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from devices import compiled, upload
+
+BLOCK = 128  # queries, or keys, in a block of FlexAttention's
 
 
 class PaddedBatches(NamedTuple):
@@ -23,12 +25,40 @@ class PaddedBatches(NamedTuple):
 
 
 def flex_mask(first, last):
-    """The mask rule for FlexAttention, which skips blocks of the (T, T) square where no query sees a key."""
+    """The mask rule for FlexAttention, which skips what no query of a block sees. first, last: (B, T), on its device.
+    Documents follow each other without a gap, and so do the keys that a block of queries sees: they reach from its
+    least `first` to its greatest `last`. All its queries see those from the greatest `first` to the least `last`: for
+    blocks of such keys, which are called full, the rule is not asked."""
+    B, T = first.shape
+    n = -(-T // BLOCK)
+    at_first, at_last = first.int().flatten(), last.int().flatten()
 
     def rule(b, h, q, k):
-        return (first[b, q] <= k) & (k < last[b, q])
+        at = b * T + q  # to the kernel, [b, q] would be dearer
+        return (at_first[at] <= k) & (k < at_last[at])
 
-    return create_block_mask(rule, len(first), None, first.size(1), first.size(1), device=first.device)
+    start = torch.arange(0, n * BLOCK, BLOCK, device=first.device)
+    query = torch.arange(n * BLOCK, device=first.device).clamp(max=T - 1)
+    first, last = (x[:, query].view(B, n, BLOCK) for x in (first, last))
+    seen = (first.amin(-1, True) < start + BLOCK) & (start < last.amax(-1, True))  # (B, blocks of queries, of keys)
+    full = (first.amax(-1, True) <= start) & (start + BLOCK <= last.amin(-1, True))
+    lists = []
+    for blocks in (x.int()[:, None] for x in (seen & ~full, full)):
+        lists += [blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK, rule, (T, T))
+
+
+def cache_mask(pos, n_keys):
+    """A mask for FlexAttention: one query per slot sees a cache's keys up to pos[slot] (see_up_to() follows pos)."""
+    number = torch.ones_like(pos, dtype=torch.int32)[:, None, None]
+    indices = torch.arange(-(-n_keys // BLOCK), dtype=torch.int32, device=pos.device).repeat(len(pos), 1, 1, 1)
+    return BlockMask.from_kv_blocks(number, indices, None, None, BLOCK, lambda b, h, q, k: k <= pos[b], (1, n_keys))
+
+
+def see_up_to(mask, pos):
+    """The cache_mask(), with all blocks of keys up to pos."""
+    mask.kv_num_blocks.copy_((pos // BLOCK + 1)[:, None, None])
+    return mask
 
 
 def padded_batches(first, last, n_head, device, dtype):

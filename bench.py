@@ -68,7 +68,7 @@ device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32 or bfloat16, as in train.py
 attention = "auto"  # as in train.py
 compile = True
-recompute_blocks = False
+recompute = "none"  # as in train.py
 seed = 1337
 settings = configure(globals(), [arg for arg in sys.argv[1:] if not arg.isalpha()] if __name__ == "__main__" else [])
 # ----------------------------------------------------------------------------------------------------
@@ -128,8 +128,7 @@ def new_model():
     torch.manual_seed(seed)
     shape = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     model = HRM(HRMConfig(**shape)).to(device)
-    model.compute_dtype, model.attention = compute, attention
-    model.compile_blocks, model.recompute_blocks = compile, recompute_blocks
+    model.set_compute(compute, attention, compile, recompute)
     return model
 
 

@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -122,8 +123,9 @@ def load_pretrained(name, average=True):
     if not checkpoints(directory):
         return load_hf(directory)
     ckpt, _ = load_checkpoint(directory)
-    model, states = HRM(HRMConfig(**ckpt["config"])), ckpt["optimizer"]["state"]
-    model.load_state_dict(ckpt["model"])
+    with torch.device("meta"):
+        model, states = HRM(HRMConfig(**ckpt["config"])), ckpt["optimizer"]["state"]
+    model.to_empty(device="cpu").load_state_dict(ckpt["model"])
     for i, p in enumerate(model.parameters()):
         if average and "ema" in states[i]:
             p.data.copy_(states[i]["ema"])
@@ -264,7 +266,7 @@ class RunFiles:
         leaves, tree = tree_flatten(content)
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         if not self.buffers:
-            self.buffers = [torch.empty_like(leaves[i], device="cpu", pin_memory=self.pin_memory) for i in at]
+            self.buffers = host_buffers([leaves[i] for i in at], self.pin_memory)
         for i, buffer in zip(at, self.buffers):
             leaves[i] = buffer.copy_(leaves[i].detach(), non_blocking=self.pin_memory)
         if self.pin_memory:
@@ -309,6 +311,21 @@ class RunFiles:
                 ranks.print0(f"step {entry['iter']}: the log could not be written ({one_line(e)})")
             if self.wandb:
                 self.wandb.log(entry, step=entry["iter"])
+
+
+def host_buffers(tensors, pin):
+    """Tensors like these in host memory, in one piece that is pinned as a whole: torch rounds each that it pins up to a
+    power of two, 28 GB in place of 19 for the 1B model."""
+    sizes = [-(-t.nbytes // 64) * 64 for t in tensors]
+    memory = np.empty(sum(sizes), np.uint8)
+    if pin:
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+        except RuntimeError as e:
+            ranks.print0(f"training will wait longer for checkpoints, as memory cannot be pinned: {one_line(e)}")
+    ends = itertools.accumulate(sizes)
+    pieces = (torch.from_numpy(memory[end - size :][: t.nbytes]) for t, size, end in zip(tensors, sizes, ends))
+    return [piece.view(t.dtype).view(t.shape) for t, piece in zip(tensors, pieces)]
 
 
 def logged_before(line, step):

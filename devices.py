@@ -28,13 +28,27 @@ def choose_device(device, dtype):
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype}")
     if kind == "cuda":
+        # The allocator reads this at its first use. Each step has other numbers of targets and blocks, which leave gaps
+        # between fixed segments; expandable ones close them, for all tensors, and no shape need be padded.
+        if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans half a second for every new shape, and ours vary
     return device, getattr(torch, dtype)
 
 
 def cpu_multiplies_bf16():
     """Whether this CPU has instructions for products of bfloat16, at least twice as fast as fp32's."""
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+
+def free_memory(device):
+    """Bytes that a device has free, of a CPU at most 16 GB, which is also the guess where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    return min([16 * 10**9, *available])
 
 
 def missing_compiler():

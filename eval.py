@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import errors_name_file, exit_on_error, local_directory, replace_file
+from devices import free_memory
 from generate import cache_bytes_per_token, load_for_inference, stream
 from ranks import print0
 from tasks import TASKS
@@ -36,7 +37,7 @@ condition = ""  # of the prompts, but for heldout: a tag, several, or none; "": 
 gsm8k_source = "openai/gsm8k"  # on the hub, or a local copy: a .jsonl or .parquet file, or a directory
 batch_size = 128  # answers in work at a time; where one is complete, the next question takes its place
 max_new_tokens = 0  # per answer; 0: the task's own
-cache_gb = 8.0  # the batch is made smaller where its keys and values would take more memory
+cache_gb = 0.0  # the batch is made smaller where its keys and values would take more; 0: half of the free memory
 average = True  # the weights' moving average; False: the weights themselves
 save_generations = False  # every prompt, generation, reference and verdict, as jsonl
 device = "auto"  # cpu, cuda or mps
@@ -56,7 +57,8 @@ def evaluate(name, pairs, most_new, score, model, encoding, condition):
     limits = [min(most_new, block_size + 1 - len(prompt)) for prompt in prompts]
     fits = [i for i, limit in enumerate(limits) if limit > 0]
     longest = max((len(prompts[i]) + limits[i] for i in fits), default=1)
-    slots = max(1, int(min(batch_size, len(fits), cache_gb * 1e9 / (bytes_per_token * longest))))
+    most = cache_gb * 1e9 or free_memory(model.embed.device) / 2
+    slots = max(1, int(min(batch_size, len(fits), most / (bytes_per_token * longest))))
     print0(f"{name}: {slots} answers at a time; keys and values take {slots * bytes_per_token * longest / 1e9:.2f} GB")
     if len(fits) < len(pairs):
         print0(f"{name}: {len(pairs) - len(fits):,} prompts longer than block_size = {block_size:,} get no answer")

@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attention import attend, padded_batches
+from attention import attend, cache_mask, flex_mask, padded_batches, see_up_to
 from common import local_directory, one_line
 from devices import choose_device, compiled, cpu_threads, upload
 from model import HRM, output_and_mlp, project_gqkv, visible_keys
@@ -68,7 +69,7 @@ def stream(
     n_slots = min(slots or len(prompts), len(prompts))
     generator = None if seed is None else torch.Generator(model.embed.device).manual_seed(seed % 2**63)
     choose = partial(choose_ids, model.banned_ids, temperature, top_k, top_p, generator)
-    engine = Engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
+    engine = take_engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
     waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
     in_slot, n_generated = [None] * n_slots, [0] * len(prompts)
     while waiting or any(i is not None for i in in_slot):
@@ -96,6 +97,8 @@ def stream(
                 events.append((i, None))
                 in_slot[slot] = None
         yield events
+    if engine.graphs:
+        model.engine = engine  # for the next call
 
 
 def generate(model, prompts, max_new_tokens, **options):
@@ -128,39 +131,77 @@ def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
     return ids.where(largest.isfinite(), -1)
 
 
-class Engine:
-    """Answers in `n_slots` slots, each of at most `max_len` tokens. `ids` are the newest of each slot."""
+def rounded(length, least=64):
+    """The next of 48, 64, 96, 128, 192, ..., so that something need be compiled or captured for few lengths only."""
+    power = 2 ** (max(least, length) - 1).bit_length()
+    return power // 4 * 3 if length <= power // 4 * 3 else power
 
-    def __init__(self, model, n_slots, max_len, choose):
+
+def take_engine(model, n_slots, max_len, choose):
+    """The engine that the model keeps, if it serves, or a new one; never the memory of both."""
+    engine, model.engine = model.engine, None
+    if not engine or engine.max_len < max_len or engine.made_for != made_for(model, n_slots):
+        engine = None
+        engine = Engine(model, n_slots, max_len)
+    engine.begin(choose)
+    return engine
+
+
+def made_for(model, n_slots):
+    """What an engine serves alone: so many slots, and a model with its weights in the same places."""
+    places = [p.data_ptr() for p in model.parameters()]
+    return n_slots, model.compute_dtype, model.compile_blocks, model.uses_flex(), places
+
+
+class Engine:
+    """Answers in `n_slots` slots, each of at most `max_len` tokens. `ids` are the newest of each slot, which `choose`
+    has found in the logits."""
+
+    def __init__(self, model, n_slots, max_len):
         config, device = model.config, model.embed.device
-        self.model, self.choose = model, choose
+        self.model, self.made_for, self.flex = model, made_for(model, n_slots), model.uses_flex()
         self.options = dict(device=device, dtype=model.compute_dtype)
         self.weights, self.graphs, self.use_graphs = model.cast_weights(), {}, device.type in CUDA_GRAPH_DEVICES
         self.max_len = max(max_len, 2)
+        if self.use_graphs or self.flex:
+            self.max_len = min(rounded(max_len, 256), config.block_size)
         shape = (n_slots, config.n_head, self.max_len + 1, config.head_dim)  # one more, so that every view is a part
         n_caches = config.n_steps * config.n_layer // 2
         self.caches = [[torch.zeros(shape, **self.options) for _ in "kv"] for _ in range(n_caches)]
-        for tensor in (t for pair in self.caches for t in pair if model.compile_blocks):
+        for tensor in (t for pair in self.caches for t in pair if model.compile_blocks and not self.flex):
             torch._dynamo.mark_dynamic(tensor, 2)  # other lengths need no compilation of their own
         self.slots = torch.arange(n_slots, device=device)
         self.ids, self.pos = torch.zeros_like(self.slots), torch.zeros_like(self.slots)  # newest ids; where they go
+        self.mask = cache_mask(self.pos, self.max_len + 1) if self.flex else None
+
+    def begin(self, choose):
+        """Before other prompts: the weights may have changed since they were cast."""
+        self.choose = choose
+        for old, new in zip(*map(all_tensors, (self.weights, self.model.cast_weights()))):
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
 
     def prefill(self, prompts, slots):
         """Read prompts into slots, as one packed row, and choose the first id of each answer."""
         config, device = self.model.config, self.ids.device
         lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor(slots)
-        idx = torch.tensor([id for p in prompts for id in p])[None]
-        doc = torch.arange(len(prompts)).repeat_interleave(lengths)[None]
+        n = int(lengths.sum())
+        padding = (0, rounded(n, 512) - n if self.flex else 0)
+        idx = F.pad(torch.tensor([id for p in prompts for id in p]), padding)[None]
+        doc = F.pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, value=-1)[None]
         first, last = visible_keys(doc, torch.full_like(doc, config.prefix_lm, dtype=torch.bool))
-        mask = padded_batches(first, last, config.n_head, **self.options)
-        inputs = idx, torch.arange(len(doc[0])) - first, slots[doc[0]], slots, lengths, lengths.cumsum(0) - 1
+        if self.flex:
+            mask = flex_mask(upload(first, device), upload(last, device))
+        else:
+            mask = padded_batches(first, last, config.n_head, **self.options)
+        inputs = idx, torch.arange(len(doc[0])) - first, slots[doc[0, :n]], slots, lengths, lengths.cumsum(0) - 1
         idx, pos, slot, slots, lengths, ends = (upload(t, device) for t in inputs)
         caches = iter(self.caches)
 
         def run_block(x, w, cos, sin):
             g, q, *kv = project_gqkv(x, w.gqkv_proj, cos, sin, config.norm_eps)
             for cache, new in zip(next(caches), kv):
-                cache[slot, :, pos[0]] = new[0]
+                cache[slot, :, pos[0, :n]] = new[0, :n]
             return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], config.norm_eps)
 
         z_H = self.model.recurrence(idx, pos, self.weights, run_block)
@@ -169,17 +210,17 @@ class Engine:
 
     def decode(self, longest):
         """Choose the next id of every slot; the longest has `longest` tokens. In free slots it means nothing."""
-        power = 2 ** (max(64, longest) - 1).bit_length()  # lengths are rounded up to 48, 64, 96, 128, 192, ...
-        length = min(power // 4 * 3 if longest <= power // 4 * 3 else power, self.max_len)
+        length = self.max_len if self.flex else min(rounded(longest), self.max_len)
         if self.use_graphs and length not in self.graphs:
             try:
-                self.graphs[length] = capture_cuda_graph(partial(self._logits, length))
+                pool = next((graph.pool() for _, graph in self.graphs.values()), None)  # its memory serves all
+                self.graphs[length] = capture_cuda_graph(partial(self._logits, length), pool)
             except RuntimeError as e:
                 self.use_graphs = False
                 warnings.warn(f"generation goes on more slowly, without CUDA graphs: {one_line(e)}", stacklevel=2)
         if self.use_graphs:
-            logits, replay = self.graphs[length]
-            replay()
+            logits, graph = self.graphs[length]
+            graph.replay()
         else:
             logits = self._logits(length)
         self.ids.copy_(self.choose(logits))
@@ -187,26 +228,40 @@ class Engine:
 
     def _logits(self, length):
         """Of the token after the newest of every slot, which sees the cache's positions up to its own."""
-        seen = torch.arange(length, device=self.pos.device) <= self.pos[:, None]
-        bias = torch.zeros(seen.shape, **self.options).masked_fill_(~seen, -math.inf)[:, None, None]
         caches, eps, run = iter(self.caches), self.model.config.norm_eps, decode_block
+        if self.flex:
+            mask = see_up_to(self.mask, self.pos)
+        else:
+            seen = torch.arange(length, device=self.pos.device) <= self.pos[:, None]
+            mask = torch.zeros(seen.shape, **self.options).masked_fill_(~seen, -math.inf)[:, None, None]
         if self.model.compile_blocks:
-            torch._dynamo.mark_dynamic(bias, 3)
-            run = compiled(decode_block)
+            run = compiled(decode_block, fixed_threads=self.flex)
+            if not self.flex:
+                torch._dynamo.mark_dynamic(mask, 3)
 
         def run_block(x, w, cos, sin):
-            return run(x, w, cos, sin, eps, *next(caches), self.slots, self.pos, bias)
+            return run(x, w, cos, sin, eps, *next(caches), self.slots, self.pos, mask)
 
         z_H = self.model.recurrence(self.ids[:, None], self.pos[:, None], self.weights, run_block)
         return F.linear(z_H[:, 0], self.weights.lm_head)
 
 
-def decode_block(x, w, cos, sin, eps, k_cache, v_cache, slots, pos, bias):
-    """A block on one new token per slot: x (n_slots, 1, n_embd); caches (n_slots, n_head, max_len + 1, head_dim)."""
+def all_tensors(weights):
+    """Those of HRM.cast_weights(), in one list."""
+    return [*sum((*weights.H, *weights.L), ()), weights.lm_head]
+
+
+def decode_block(x, w, cos, sin, eps, k_cache, v_cache, slots, pos, mask):
+    """A block on one new token per slot: x (n_slots, 1, n_embd); caches (n_slots, n_head, max_len + 1, head_dim); mask
+    a BlockMask, or (n_slots, 1, 1, length), to be added to the scores."""
     g, q, k, v = project_gqkv(x, w.gqkv_proj, cos, sin, eps, linear)
     k_cache[slots, :, pos], v_cache[slots, :, pos] = k[:, 0], v[:, 0]
-    k, v = (cache[:, :, : bias.size(-1)] for cache in (k_cache, v_cache))
-    return output_and_mlp(x, g, cached_attention(q.transpose(1, 2), k, v, bias), *w[1:], eps, linear)
+    q = q.transpose(1, 2)
+    if isinstance(mask, BlockMask):
+        y = flex_attention(q, k_cache, v_cache, block_mask=mask, scale=1.0).transpose(1, 2)  # it splits long keys
+    else:
+        y = cached_attention(q, *(cache[:, :, : mask.size(-1)] for cache in (k_cache, v_cache)), mask)
+    return output_and_mlp(x, g, y, *w[1:], eps, linear)
 
 
 # Two loops that Inductor makes fast on a CPU, where torch's kernels for one row and for one query are not.
@@ -227,11 +282,11 @@ def cached_attention(q, k, v, bias):
     return torch.cat(sums, -1)[:, None]
 
 
-def capture_cuda_graph(function):
-    """Make function() a CUDA graph. Returns its result, and a function that computes that again, in the same memory."""
+def capture_cuda_graph(function, pool=None):
+    """Make function() a CUDA graph, in the memory pool of others. Returns its result, and the graph, whose replay()
+    computes that again in the same place."""
     function()  # compiles, and chooses kernels
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    options = dict(stream=torch.cuda.Stream(), capture_error_mode="thread_local")
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):  # back to this stream after a failure too
-        result = function()
-    return result, graph.replay
+    graph, options = torch.cuda.CUDAGraph(), dict(pool=pool, capture_error_mode="thread_local")
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **options):
+        result = function()  # after a failure too, this goes on in the stream of before
+    return result, graph

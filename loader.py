@@ -217,12 +217,13 @@ def best_fit(items, lengths, room):
     return items[[best, partner[best]]] if total[best] > lengths[-1] else items[-1:]
 
 
-def prefetch(loader, pin=False, depth=3):
-    """The loader's batches, taken ahead by a thread, with `pin` in pinned memory. An error comes in its turn."""
+def prefetch(loader, device="cpu", depth=3):
+    """The loader's batches, taken ahead by a thread, in pinned memory for a GPU. An error comes in its turn."""
 
     def take():
         batch = next(loader, None)
-        if batch and pin:
+        if batch and device.startswith("cuda"):
+            torch.cuda.set_device(device)  # of this thread, which would else take memory of the first GPU
             batch = batch._replace(**{name: getattr(batch, name).pin_memory() for name in batch._fields[:4]})
         return batch
 

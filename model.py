@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from attention import attend, flex_mask, padded_batches
@@ -128,7 +129,8 @@ def project_gqkv(x, gqkv_proj, cos, sin, eps, linear=F.linear):
     gqkv = linear(norm(x, eps), gqkv_proj)
     g, q, k, v = gqkv.view(*x.shape[:2], 4, -1, 2 * cos.size(-1)).unbind(2)
     scale = q.size(-1) ** -0.5  # of the attention scores; here it costs nothing, and attend() does not scale
-    return g, rotate(q, cos * scale, sin * scale), rotate(k, cos, sin), v
+    # Of its own, so that the backward pass keeps a gate and a value and not all of gqkv for them.
+    return g.contiguous(), rotate(q, cos * scale, sin * scale), rotate(k, cos, sin), v.contiguous()
 
 
 def output_and_mlp(x, g, y, o_proj, gate_up_proj, down_proj, eps, linear=F.linear):
@@ -155,6 +157,18 @@ class BlockWeights(NamedTuple):
 
 
 # ---- the loss ----
+def loss_of_logits(logits, ids, with_gradient):
+    """logits (N, vocab_size), ids (N, 1) -> the sum of the cross-entropies, how many ids have the largest logit, and
+    the gradient of the sum in the logits' dtype, or None. Compiled, it reads the logits twice and writes them once."""
+    logits, dtype = logits.float(), logits.dtype
+    log_sum, likeliest = logits.logsumexp(-1, keepdim=True), logits.argmax(-1, keepdim=True)
+    loss, n_correct = (log_sum - logits.gather(1, ids)).sum(), (likeliest == ids).sum()
+    if not with_gradient:
+        return loss, n_correct, None
+    is_target = torch.arange(logits.size(-1), device=ids.device) == ids
+    return loss, n_correct, ((logits - log_sum).exp() - is_target.float()).to(dtype)
+
+
 class CrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of h @ weight.T, and the number of targets whose logit is the largest.
     h (N, n_embd), weight (vocab_size, n_embd), targets (N,). It works in chunks, as all logits of a large vocabulary
@@ -162,17 +176,18 @@ class CrossEntropy(torch.autograd.Function):
     computed again."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, with_gradient):
+    def forward(ctx, h, weight, targets, with_gradient, compile):
         rows = max(LOGITS_PER_CHUNK // len(weight), 1)
         total, n_correct, dh = torch.zeros((), device=h.device), torch.zeros((), device=h.device), []
         dweight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         for x, ids in zip(h.split(rows), targets[:, None].split(rows)):
-            log_p = (x @ weight.T).log_softmax(-1, dtype=torch.float32)
-            total -= log_p.gather(1, ids).sum()
-            n_correct += (log_p.argmax(-1, keepdim=True) == ids).sum()
-            if with_gradient:  # d loss / d logits = p - 1 at the target, p elsewhere
-                one = torch.ones_like(ids, dtype=torch.float32)
-                dlogits = log_p.exp_().scatter_add_(1, ids, -one).to(h.dtype)
+            logits = x @ weight.T
+            if compile:
+                torch._dynamo.maybe_mark_dynamic(logits, 0)
+                torch._dynamo.maybe_mark_dynamic(ids, 0)
+            loss, right, dlogits = (compiled(loss_of_logits) if compile else loss_of_logits)(logits, ids, with_gradient)
+            total, n_correct = total + loss, n_correct + right
+            if with_gradient:
                 dh.append(dlogits @ weight)
                 dweight += dlogits.T @ x
         if with_gradient:
@@ -183,7 +198,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         dh, dweight = ctx.saved_tensors
-        return dh * grad, dweight * grad, None, None
+        return dh * grad, dweight * grad, None, None, None
 
 
 # ---- the model ----
@@ -205,7 +220,7 @@ class Block(nn.Module):
 
 
 class HRM(nn.Module):
-    """The hierarchical recurrent language model. `compute_dtype`, `attention` and the like may be set at any time."""
+    """The hierarchical recurrent language model, whose weights are fp32. set_compute() tells how it computes."""
 
     def __init__(self, config):
         super().__init__()
@@ -215,11 +230,21 @@ class HRM(nn.Module):
         self.L = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
         self.lm_head = random_weight(config.vocab_size, config.n_embd)
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
-        self.compute_dtype = torch.float32  # of activations and products; weights are stored in their own
-        self.attention = "auto"  # "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa
-        self.compile_blocks = False  # compile one block for all: the unrolled recurrence would take minutes
-        self.recompute_blocks = False  # activation checkpointing: less memory for one more forward pass
+        self.set_compute()
+        self.engine = None  # of generation, which keeps its CUDA graphs
         self.banned_ids = None  # a tensor of the ids that generation never yields: those without a token
+
+    def set_compute(self, dtype=torch.float32, attention="auto", compile=False, recompute="none"):
+        """How to compute; may be called at any time. dtype: of activations and products; weights keep their own.
+        attention: "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa. compile: the blocks,
+        one for all, as the unrolled recurrence would take minutes. recompute: what the backward pass computes anew, to
+        save memory: with "inputs", if compiled, what the norms and gates give to the products, with "blocks" all."""
+        known = dict(attention=("auto", "flex", "sdpa"), recompute=("none", "inputs", "blocks"))
+        for name, value in dict(attention=attention, recompute=recompute).items():
+            if value not in known[name]:
+                raise ValueError(f"{name} must be {', '.join(known[name])}, not {value}")
+        self.compute_dtype, self.attention, self.compile_blocks, self.recompute = dtype, attention, compile, recompute
+        functorch.ban_recompute_materialized_backward = recompute != "inputs"
 
     def cast_weights(self):
         """The weights in the dtype of computation, for all uses in a step; gradients reach the originals."""
@@ -282,21 +307,26 @@ class HRM(nn.Module):
             prefix = torch.zeros_like(doc, dtype=torch.bool)
         first, last = visible_keys(doc, prefix)
         pos = upload(torch.arange(T, device=first.device) - first, device)
-        flex_by_default = device.type == "cuda" and self.compile_blocks and self.config.head_dim >= 16
-        if self.attention == "flex" or (self.attention == "auto" and flex_by_default):
+        if self.uses_flex():
             mask = flex_mask(upload(first, device), upload(last, device))
         else:
             mask = padded_batches(first.cpu(), last.cpu(), self.config.n_head, device, self.compute_dtype)
         run_block = partial(block, eps=self.config.norm_eps, mask=mask, compile=self.compile_blocks)
-        if self.recompute_blocks:
+        if self.recompute == "blocks":
             run_block = partial(checkpoint, run_block, use_reentrant=False)
         h = self.recurrence(upload(idx, device), pos, weights, run_block, bp_steps)
         if targets is None:
             return F.linear(h, weights.lm_head).float(), None
         at = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # logits of targets only
         h, targets = h.flatten(0, 1).index_select(0, upload(at, device)), upload(targets.flatten()[at], device)
-        total, self.n_correct = CrossEntropy.apply(h, weights.lm_head, targets, torch.is_grad_enabled())
+        options = torch.is_grad_enabled(), self.compile_blocks
+        total, self.n_correct = CrossEntropy.apply(h, weights.lm_head, targets, *options)
         return None, total / max(len(at), 1)
+
+    def uses_flex(self):
+        """Whether attention runs by FlexAttention, and not over padded batches of documents."""
+        by_default = self.embed.device.type == "cuda" and self.compile_blocks and self.config.head_dim >= 16
+        return self.attention == "flex" or (self.attention == "auto" and by_default)
 
     def flops_per_token(self, bp_steps):
         """Matrix-multiply FLOP of one training step per token, attention scores excluded: 2 per weight and use forward,

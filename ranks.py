@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 import uuid
+from collections import deque
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -155,6 +156,30 @@ def sum_over_ranks(*tensors):
     """Sum each tensor over all ranks, in place."""
     for work in [dist.all_reduce(t, async_op=True) for t in tensors if world_size > 1]:
         work.wait()
+
+
+@contextmanager
+def summing_gradients(params):
+    """Inside, one backward pass, whose gradients are summed over all ranks: each as soon as it is complete, while the
+    pass goes on to others. All ranks sum them in the same order, from the last parameter to the first, in which a pass
+    completes them, and leave out the same ones: bp_steps decides which have none."""
+    waiting, complete, works = deque(reversed([*params])), set(), []
+
+    @rank_failure_guard()
+    def start(p):
+        complete.add(p)
+        while waiting and waiting[0] in complete:
+            works.append(dist.all_reduce(waiting.popleft().grad, async_op=True))
+
+    hooks = [p.register_post_accumulate_grad_hook(start) for p in waiting if world_size > 1]
+    yield
+    for hook in hooks:
+        hook.remove()
+    if hooks:
+        sum_over_ranks(*(p.grad for p in waiting if p.grad is not None))
+    with rank_failure_guard():
+        for work in works:
+            work.wait()
 
 
 @rank_failure_guard()

@@ -85,7 +85,7 @@ device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # of computation: float32, or bfloat16 (auto: where the device multiplies it). Weights are float32
 attention = "auto"  # flex (FlexAttention) or sdpa; auto is flex on cuda where the blocks are compiled
 compile = True  # the blocks, with torch.compile
-recompute_blocks = False  # activation checkpointing: less memory, more time
+recompute = "none"  # in the backward pass, to save memory: inputs (of the products: a third less) or blocks (all)
 seed = 1337
 settings = configure(globals())
 
@@ -111,13 +111,15 @@ def ema_at(step):
 # ---- one step ----
 def loss_and_accuracy(model, batch, micro_batch_size, bp_steps=None):
     """This rank's shares of the step's mean loss over targets, and of the part of them that is predicted, as a tensor
-    of two; runs the backward passes too, unless under no_grad."""
+    of two; runs the backward passes too, unless under no_grad, and leaves the gradients' sums over all ranks."""
     totals, weights = torch.zeros(2, device=model.embed.device), model.cast_weights()
-    for idx, targets, doc, prefix in zip(*(t.split(micro_batch_size) for t in batch[:4])):
+    *others, last = zip(*(t.split(micro_batch_size) for t in batch[:4]))
+    for idx, targets, doc, prefix in (*others, last):
         share = int((targets != IGNORE).sum()) / batch.n_targets
         loss = model(idx, targets, doc, prefix, bp_steps, weights)[1] * share
         if torch.is_grad_enabled():
-            loss.backward()
+            with ranks.summing_gradients(model.parameters() if targets is last[1] else ()):
+                loss.backward()
         totals += torch.stack((loss.detach(), model.n_correct / batch.n_targets))
     return totals
 
@@ -127,11 +129,8 @@ def train_step(model, optimizer, batch, bp_steps, micro_batch_size, skip_nonfini
     device, which need not be awaited."""
     optimizer.zero_grad(set_to_none=True)
     loss, accuracy = totals = loss_and_accuracy(model, batch, micro_batch_size, bp_steps)
-    # Summed here and not by DistributedDataParallel: which weights have a gradient depends on bp_steps (the embedding
-    # has none at 2), but it is the same ones on every rank.
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    ranks.sum_over_ranks(totals, *grads)
-    grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
+    ranks.sum_over_ranks(totals)
+    grad_norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
     is_finite = (loss + grad_norm).isfinite()
     if not skip_nonfinite or is_finite:
         optimizer.step()
@@ -177,8 +176,8 @@ def check_settings():
     for key in "beta1", "beta2", "ema":
         if not 0 <= settings[key] < 1:
             raise ValueError(f"{key} must be at least 0 and less than 1, not {settings[key]}")
-    if attention not in ("auto", "flex", "sdpa") or (attention == "flex" and not device.startswith("cuda")):
-        raise ValueError(f"attention must be auto, sdpa, or on cuda flex, not {attention}")
+    if attention == "flex" and not device.startswith("cuda"):
+        raise ValueError("attention=flex can train on cuda alone")
     if not out_dir or not dataset or not init_from or Path(out_dir).is_file():
         raise ValueError("out_dir, dataset and init_from must be names, and out_dir that of a directory")
     if init_from not in ("scratch", "resume") and Path(out_dir).resolve() == Path(init_from).resolve():
@@ -208,7 +207,8 @@ def make_model(start_from, ckpt_meta, data_dir):
             advice = "resume with the settings it began with"
             raise ValueError(f"{out_dir}/ckpt.pt holds another model than asked for ({advice}): there, {differs}")
         try:
-            model = HRM(config)
+            with torch.device(device):  # a CPU's thread would take a minute to draw 1B weights
+                model = HRM(config)
         except RuntimeError as e:
             raise ValueError(f"a model of this size cannot be made here: {one_line(e)}") from None
     else:
@@ -270,6 +270,7 @@ def setup():
             max_iters = max(1, round(epochs * loader.n_tokens / (batch_size * block_size)))
         torch.manual_seed(seed)
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
+        model.set_compute(dtype, attention, compile, recompute)
         bp_max = bp_max or min(5, model.config.n_steps)
         if not 2 <= bp_min <= bp_max <= model.config.n_steps:
             steps = f"H_cycles * (L_cycles + 1) = {model.config.n_steps}"
@@ -297,8 +298,6 @@ def setup():
         state["step"] = step
     tensors = (t for state in states for t in state.values() if isinstance(t, torch.Tensor))
     ranks.copy_from_first([*model.state_dict().values(), *tensors])
-    model.compute_dtype, model.attention = dtype, attention
-    model.compile_blocks, model.recompute_blocks = compile, recompute_blocks
     return model, optimizer, loader, val_loader, files, run
 
 
@@ -311,7 +310,7 @@ def main():
     print0(f"{max_iters:,} steps of {batch_size} rows of {block_size} tokens; log: {files.directory / 'log.jsonl'}")
     progress = Progress(files, model, settings, max_iters, run["iter"], device)
     last_save, pending = time.monotonic(), []  # pending: steps not yet known to be finite
-    batches = exit_on_bad_data(prefetch(loader, pin=on_cuda))
+    batches = exit_on_bad_data(prefetch(loader, device))
 
     def check_finite():
         """End the run, or count, for pending steps whose loss or gradient is not finite. Waits for the device."""

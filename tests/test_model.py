@@ -5,6 +5,7 @@ import os
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_loss_in_chunks_and_recomputed_blocks_give_the_same_gradients(monkeypatc
     plain = gradients(model)
     model.zero_grad()
     monkeypatch.setattr("model.LOGITS_PER_CHUNK", 3 * 263)
-    model.recompute_blocks = True
+    model.recompute = "blocks"
     model(*row, bp_steps=5)[1].backward()
     for name, g in gradients(model).items():
         assert close(g, plain[name]), name
@@ -129,7 +130,7 @@ def test_recomputed_blocks_drop_the_same_values(monkeypatch):
     grads = []
     monkeypatch.setattr("model.output_and_mlp", lambda *args: F.dropout(output_and_mlp(*args), 0.3))
     model, row = tiny_model(), pack(documents(), 64)
-    for model.recompute_blocks in False, True:
+    for model.recompute in "none", "blocks":
         model.zero_grad()
         torch.manual_seed(0)
         model(*row, bp_steps=5)[1].backward()
@@ -165,7 +166,7 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once():
     model.compile_blocks = True
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
-    cases = (2, ((9, 7), (3, 4))), (5, ((30, 20),)), (3, ((5, 5),) * 6), (4, ((1, 1),))
+    cases = (2, ((9, 7), (3, 4))), (5, ((30, 20),)), (3, ((5, 5),) * 6), (4, ((1, 2),))
     for i, (bp_steps, lengths) in enumerate(cases):
         row = pack(documents(lengths), 64)
         model.zero_grad()
@@ -309,12 +310,12 @@ def test_decode_steps_can_be_graphs(monkeypatch):
     want, steps = model.generate(prompts, 80, stop_token=stop), []
     assert len(want[0]) < 80 and max(map(len, want)) == 80
 
-    def operations(function):
+    def operations(function, pool):
         play, result = make_fx(lambda: function())(), function()
-        steps.append(play)
-        return result, lambda: result.copy_(play())
+        steps.append(pool)
+        return result, SimpleNamespace(replay=lambda: result.copy_(play()), pool=lambda: "pool")
 
-    def fails(function):
+    def fails(function, pool):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("generate.CUDA_GRAPH_DEVICES", {"cpu"})
@@ -322,9 +323,27 @@ def test_decode_steps_can_be_graphs(monkeypatch):
     with pytest.warns(UserWarning, match="without CUDA graphs: no memory"):
         assert model.generate(prompts, 80, stop_token=stop) == want
     monkeypatch.setattr("generate.capture_cuda_graph", operations)
-    for slots in 2, 5:
+    for slots in 2, 5, 5:
         assert model.generate(prompts, 80, stop_token=stop, slots=slots) == want
-    assert len(steps) == 2 * 4  # for 48, 64, 96 and all 109 positions
+    assert steps == [None, *["pool"] * 3] * 2  # for 48, 64, 96 and 128 positions; the last call has those of before
+    model.compute_dtype = torch.bfloat16  # whose weights are copies
+    model.generate(prompts, 2, slots=5)
+    with torch.no_grad():
+        model.lm_head.copy_(model.lm_head.roll(1, 0))
+    changed, engine = model.generate(prompts, 80, slots=5), model.engine
+    model.engine = None
+    assert changed == model.generate(prompts, 80, slots=5) and model.engine is not engine
+    at_once = [*zip(stream(model, prompts, 20), stream(model, prompts, 20))]
+    assert at_once and all(one == other for one, other in at_once)
+
+
+def test_generation_by_flex_attention_gives_the_same_ids():
+    """Prefill at rounded lengths, and decoding over blocks of the cache, beyond one block."""
+    model = tiny_model(n_layer=2, block_size=300)
+    prompts = [ids.tolist() for ids, _ in documents([(n, 0) for n in (120, 3, 129, 200)])]
+    want = model.generate(prompts, 20)
+    model.attention = "flex"  # decoding is not compiled here, as on a CPU its kernel must stand alone (torch 2.13)
+    assert model.generate(prompts, 20, slots=3) == want
 
 
 def test_compiled_generation_equals_eager_and_compiles_once():
