@@ -5,15 +5,30 @@ dense (T, T) mask per row would spend most of its work on pairs of tokens from d
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from common import one_line
 from devices import compiled, upload
 
 BLOCK = 128  # queries, or keys, in a block of FlexAttention's
+FLEX_KERNELS = {  # the kernel's options, beyond that every query sees a key, itself
+    "flex": {},
+    "tma": {"USE_TMA": True},  # Hopper's copy engine
+    "tuned": {},  # with sizes of blocks that are measured at the start, which takes a minute or more
+    "flash": {"BACKEND": "FLASH"},  # FlashAttention's kernel, by its package flash-attn-4
+}
+
+
+class FlexMask(NamedTuple):
+    """The mask rule for FlexAttention, and with which of its kernels it runs."""
+
+    blocks: BlockMask
+    kernel: str
 
 
 class PaddedBatches(NamedTuple):
@@ -24,7 +39,7 @@ class PaddedBatches(NamedTuple):
     bias: tuple  # per batch (D, 1, L, L): 0 where a query (row) sees a key (column), else -inf
 
 
-def flex_mask(first, last):
+def flex_mask(first, last, kernel="flex"):
     """The mask rule for FlexAttention, which skips what no query of a block sees. first, last: (B, T), on its device.
     Documents follow each other without a gap, and so do the keys that a block of queries sees: they reach from its
     least `first` to its greatest `last`. All its queries see those from the greatest `first` to the least `last`: for
@@ -45,7 +60,7 @@ def flex_mask(first, last):
     lists = []
     for blocks in (x.int()[:, None] for x in (seen & ~full, full)):
         lists += [blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()]
-    return BlockMask.from_kv_blocks(*lists, BLOCK, rule, (T, T))
+    return FlexMask(BlockMask.from_kv_blocks(*lists, BLOCK, rule, (T, T)), kernel)
 
 
 def cache_mask(pos, n_keys):
@@ -94,11 +109,12 @@ def dense_attention(q, k, v, bias):
 
 def attend(q, k, v, mask):
     """softmax(q k) v under either mask. q (scaled already), k, v, result: (B, T, n_head, head_dim)."""
-    if isinstance(mask, BlockMask):
+    if isinstance(mask, FlexMask):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         # On a CPU its kernel has memory for as many threads as there were when it was compiled (torch 2.13).
-        flex = compiled(flex_attention, fixed_threads=True)
-        return flex(q, k, v, block_mask=mask, scale=1.0).transpose(1, 2)
+        flex = compiled(flex_attention, fixed_threads=True, tune=mask.kernel == "tuned")
+        options = {"ROWS_GUARANTEED_SAFE": True, **FLEX_KERNELS[mask.kernel]}
+        return flex(q, k, v, block_mask=mask.blocks, scale=1.0, kernel_options=options).transpose(1, 2)
     n_head, head_dim = q.shape[2:]
     sizes = [len(bias) * n_head * bias.size(-1) for bias in mask.bias]
     batches = []
@@ -107,3 +123,16 @@ def attend(q, k, v, mask):
         batches.append([part.view(len(bias), n_head, -1, head_dim) for part, bias in zip(vectors, mask.bias)])
     out = [dense_attention(*qkv, bias).reshape(-1, head_dim) for *qkv, bias in zip(*batches, mask.bias)]
     return torch.cat(out).index_select(0, mask.scatter_idx).view(q.shape)
+
+
+def working_kernel(kernel, n_head, head_dim, device, dtype):
+    """This one of FLEX_KERNELS if a forward and a backward pass run with it here, else "flex", and a line says so."""
+    try:
+        q, k, v = torch.randn(3, 1, 2 * BLOCK, n_head, head_dim, device=device, dtype=dtype).requires_grad_()
+        place = torch.arange(2 * BLOCK, device=device)[None]
+        attend(q, k, v, flex_mask(torch.zeros_like(place), place + 1, kernel)).sum().backward()
+        return kernel
+    except Exception as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"attention: {kernel} does not run here ({one_line(e)}); flex does in its place")
+        return "flex"

@@ -58,10 +58,11 @@ def missing_compiler():
 
 
 @cache
-def compiled(function, dynamic=False, fixed_threads=False):
-    """torch.compile(function), one for all callers. fixed_threads: compiled anew for another number of CPU threads."""
+def compiled(function, dynamic=False, fixed_threads=False, tune=False):
+    """torch.compile(function), one for all callers. fixed_threads: compiled anew for another number of CPU threads.
+    tune: measure several kernels, and take the fastest."""
     torch._dynamo.config.recompile_limit = 64  # beyond it, a call runs uncompiled; generation has shapes of its own
-    options = {"cpp.dynamic_threads": not fixed_threads}  # for ThreadsByLoad; as fast as a fixed number
+    options = {"cpp.dynamic_threads": not fixed_threads, "max_autotune": tune}  # the first for ThreadsByLoad
     return torch.compile(function, dynamic=dynamic, options=options)
 
 

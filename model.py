@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend, flex_mask, padded_batches
+from attention import FLEX_KERNELS, attend, flex_mask, padded_batches, working_kernel
 from common import brief
 from devices import compiled, upload
 
@@ -236,13 +236,15 @@ class HRM(nn.Module):
 
     def set_compute(self, dtype=torch.float32, attention="auto", compile=False, recompute="none"):
         """How to compute; may be called at any time. dtype: of activations and products; weights keep their own.
-        attention: "flex" (FlexAttention), "sdpa", or "auto": flex if compiled on CUDA, else sdpa. compile: the blocks,
+        attention: "sdpa", one of FLEX_KERNELS, or "auto": flex if compiled on CUDA, else sdpa. compile: the blocks,
         one for all, as the unrolled recurrence would take minutes. recompute: what the backward pass computes anew, to
         save memory: with "inputs", if compiled, what the norms and gates give to the products, with "blocks" all."""
-        known = dict(attention=("auto", "flex", "sdpa"), recompute=("none", "inputs", "blocks"))
+        known = dict(attention=("auto", "sdpa", *FLEX_KERNELS), recompute=("none", "inputs", "blocks"))
         for name, value in dict(attention=attention, recompute=recompute).items():
             if value not in known[name]:
                 raise ValueError(f"{name} must be {', '.join(known[name])}, not {value}")
+        if attention in FLEX_KERNELS and attention != "flex":
+            attention = working_kernel(attention, self.config.n_head, self.config.head_dim, self.embed.device, dtype)
         self.compute_dtype, self.attention, self.compile_blocks, self.recompute = dtype, attention, compile, recompute
         functorch.ban_recompute_materialized_backward = recompute != "inputs"
 
@@ -308,7 +310,8 @@ class HRM(nn.Module):
         first, last = visible_keys(doc, prefix)
         pos = upload(torch.arange(T, device=first.device) - first, device)
         if self.uses_flex():
-            mask = flex_mask(upload(first, device), upload(last, device))
+            kernel = "flex" if self.attention == "auto" else self.attention
+            mask = flex_mask(upload(first, device), upload(last, device), kernel)
         else:
             mask = padded_batches(first.cpu(), last.cpu(), self.config.n_head, device, self.compute_dtype)
         run_block = partial(block, eps=self.config.norm_eps, mask=mask, compile=self.compile_blocks)
@@ -326,7 +329,7 @@ class HRM(nn.Module):
     def uses_flex(self):
         """Whether attention runs by FlexAttention, and not over padded batches of documents."""
         by_default = self.embed.device.type == "cuda" and self.compile_blocks and self.config.head_dim >= 16
-        return self.attention == "flex" or (self.attention == "auto" and by_default)
+        return self.attention in FLEX_KERNELS or (self.attention == "auto" and by_default)
 
     def flops_per_token(self, bp_steps):
         """Matrix-multiply FLOP of one training step per token, attention scores excluded: 2 per weight and use forward,

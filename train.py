@@ -30,6 +30,7 @@ import torch
 
 import plot
 import ranks
+from attention import FLEX_KERNELS
 from checkpoint import RunFiles, read_settings
 from common import Forgiving, errors_name_file, finish_rename, one_line
 from devices import choose_device, cpu_threads, missing_compiler
@@ -83,7 +84,7 @@ bp_warmup = 0.2  # share of training in which bp_steps rises
 # system
 device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # of computation: float32, or bfloat16 (auto: where the device multiplies it). Weights are float32
-attention = "auto"  # flex (FlexAttention) or sdpa; auto is flex on cuda where the blocks are compiled
+attention = "auto"  # sdpa or flex (or tma, tuned, flash: see attention.py); auto is flex where compiled on cuda
 compile = True  # the blocks, with torch.compile
 recompute = "none"  # in the backward pass, to save memory: inputs (of the products: a third less) or blocks (all)
 seed = 1337
@@ -176,8 +177,8 @@ def check_settings():
     for key in "beta1", "beta2", "ema":
         if not 0 <= settings[key] < 1:
             raise ValueError(f"{key} must be at least 0 and less than 1, not {settings[key]}")
-    if attention == "flex" and not device.startswith("cuda"):
-        raise ValueError("attention=flex can train on cuda alone")
+    if attention not in ("auto", "sdpa") and not device.startswith("cuda"):
+        raise ValueError(f"attention must be auto, sdpa, or on cuda {', '.join(FLEX_KERNELS)}, not {attention}")
     if not out_dir or not dataset or not init_from or Path(out_dir).is_file():
         raise ValueError("out_dir, dataset and init_from must be names, and out_dir that of a directory")
     if init_from not in ("scratch", "resume") and Path(out_dir).resolve() == Path(init_from).resolve():

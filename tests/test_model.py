@@ -223,7 +223,7 @@ def test_both_masks_state_the_same_rule():
     (doc, prefix), place, n_head = random_rows(), torch.arange(96), 2
     first, last = visible_keys(doc, prefix)
     b, q, k = torch.meshgrid(torch.arange(len(doc)), place, place, indexing="ij")
-    flex = flex_mask(first, last).mask_mod(b, torch.zeros_like(b), q, k)
+    flex = flex_mask(first, last).blocks.mask_mod(b, torch.zeros_like(b), q, k)
     mask, begin, seen = padded_batches(first, last, n_head, "cpu", torch.float32), 0, []
     for bias in mask.bias:
         D, _, L, _ = bias.shape
@@ -254,6 +254,14 @@ def test_flex_attention_gives_the_same_logits():
         model.attention = "flex"
         flex, _ = model(idx, doc=doc, prefix=prefix)
     assert close(flex[doc >= 0], sdpa[doc >= 0])
+
+
+def test_an_attention_kernel_that_does_not_run_here_gives_way_to_flex(capsys):
+    model = tiny_model()
+    model.set_compute(attention="flash")
+    assert model.attention == "flex" and "attention: flash does not run here (" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="attention must be auto, sdpa, flex, tma, tuned, flash, not x"):
+        model.set_compute(attention="x")
 
 
 # ----------------------------------------------------------------------------------------------------
