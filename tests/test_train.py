@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import documents, pack, tiny_model
 from scripts import ENV, TINY, command, run
 
 import devices
+import ranks
 from devices import ThreadsByLoad, cpu_multiplies_bf16
 
 
@@ -37,8 +40,8 @@ def test_ranks_and_micro_batches_change_nothing(workplace, bp_steps):
     """20 steps on one process, on two ranks, on three (which share 4 rows unequally), and in two micro-batches."""
     args = [*TINY, f"--bp_min={bp_steps}", f"--bp_max={bp_steps}", "--max_iters=20", "--log_interval=1"]
     ways = {"one": ([], 1), "two": ([], 2), "three": ([], 3), "micro": (["--micro_batch_size=2"], 1)}
-    for name, (extra, ranks) in ways.items():
-        run(workplace, "train.py", *args, *extra, f"--out_dir={name}", ranks=ranks)
+    for name, (extra, n) in ways.items():
+        run(workplace, "train.py", *args, *extra, f"--out_dir={name}", ranks=n)
     losses = read_log(workplace / "one")
     assert list(losses) == list(range(1, 21)) and losses[20] < 0.9 * losses[1]
     for name in list(ways)[1:]:
@@ -63,6 +66,36 @@ def test_ranks_stop_together(workplace, sign):
     os.killpg(process.pid, sign) if sign == signal.SIGINT else process.send_signal(sign)
     said, _ = process.communicate(timeout=25)
     assert f"stopped at step {checkpoint(workplace / 'out')['iter']}" in said
+
+
+@pytest.mark.parametrize("bp_steps", [2, 3, 5])
+def test_each_gradient_is_summed_once_while_the_backward_pass_goes_on(monkeypatch, bp_steps):
+    """In the same order on all ranks, with what earlier micro-batches left in it."""
+    model, row = tiny_model(), pack(documents(), 64)
+    names, calls = {p: name for name, p in model.named_parameters()}, []
+    for _ in range(2):
+        model(*row, bp_steps=bp_steps)[1].backward()
+    want = {names[p]: 2 * p.grad for p in names if p.grad is not None}
+    model.zero_grad()
+
+    def all_reduce(grad, async_op):
+        calls.append((next(names[p] for p in names if p.grad is grad), sum(p.grad is None for p in names)))
+        grad.mul_(2)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(ranks, "world_size", 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
+    for i in range(2):  # the second ends a step of two micro-batches
+        with ranks.summing_gradients(model.parameters() if i else ()):
+            model(*row, bp_steps=bp_steps)[1].backward()
+    assert [name for name, _ in calls] == [name for name in reversed(names.values()) if name in want]
+    for p, name in names.items():
+        assert p.grad is None if name not in want else torch.equal(p.grad, want[name]), name
+    model.zero_grad()
+    with ranks.summing_gradients(model.parameters()):
+        model(*row, bp_steps=bp_steps)[1].backward()
+    missing_at_first, missing_at_last = calls[len(want)][1], calls[-1][1]
+    assert missing_at_first > missing_at_last == len(names) - len(want)
 
 
 def test_schedules_and_log(workplace):
