@@ -160,13 +160,12 @@ class BlockWeights(NamedTuple):
 def loss_of_logits(logits, ids, with_gradient):
     """logits (N, vocab_size), ids (N, 1) -> the sum of the cross-entropies, how many ids have the largest logit, and
     the gradient of the sum in the logits' dtype, or None. Compiled, it reads the logits twice and writes them once."""
-    logits, dtype = logits.float(), logits.dtype
-    log_sum, likeliest = logits.logsumexp(-1, keepdim=True), logits.argmax(-1, keepdim=True)
-    loss, n_correct = (log_sum - logits.gather(1, ids)).sum(), (likeliest == ids).sum()
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    loss, n_correct = -log_p.gather(1, ids).sum(), (log_p.argmax(-1, keepdim=True) == ids).sum()
     if not with_gradient:
         return loss, n_correct, None
     is_target = torch.arange(logits.size(-1), device=ids.device) == ids
-    return loss, n_correct, ((logits - log_sum).exp() - is_target.float()).to(dtype)
+    return loss, n_correct, log_p.exp_().sub_(is_target.to(logits.dtype)).to(logits.dtype)
 
 
 class CrossEntropy(torch.autograd.Function):
