@@ -351,7 +351,7 @@ def test_generation_by_flex_attention_gives_the_same_ids():
     prompts = [ids.tolist() for ids, _ in documents([(n, 0) for n in (120, 3, 129, 200)])]
     want = model.generate(prompts, 20)
     model.attention = "flex"  # decoding is not compiled here, as on a CPU its kernel must stand alone (torch 2.13)
-    assert model.generate(prompts, 20, slots=3) == want
+    assert model.generate(prompts, 20) == want
 
 
 def test_compiled_generation_equals_eager_and_compiles_once():
