@@ -15,6 +15,5 @@ decay = 0.4
 weight_decay = 0.2  # combinations of numbers not seen in training need it
 ema = 0.99
 log_interval = 100
-bp_warmup = 0.6  # steps of fewer bp_steps take less time
 eval_interval = 1300
 checkpoint_interval = 200  # sample.py works while it trains
