@@ -13,7 +13,8 @@ from generate import ban_ids_without_token, stream
 from ranks import print0
 from tokenizer import load_encoding, special_id
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}  # dense bf16,
+PEAK_FLOPS |= {"L40S": 362e12, "4090": 165e12}  # by the first of these names that is a part of the card's
 
 
 class Progress:
