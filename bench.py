@@ -113,7 +113,8 @@ def longest_operations(run):
         events = [e for e in events if e.device_type == cuda and not e.is_user_annotation]
     rows = sorted(((getattr(e, kind), e.count, e.key.removeprefix("## Call ")[:36]) for e in events), reverse=True)
     total = sum(row[0] for row in rows)
-    return {f"{i}. {key}": {"of the time": t / total, "calls": n} for i, (t, n, key) in enumerate(rows[:10], 1)}
+    rows = [(total, sum(row[1] for row in rows), "all"), *rows[:10]]
+    return {f"{i}. {key}": {"of the time": t / total, "ms": t / 1e3, "calls": n} for i, (t, n, key) in enumerate(rows)}
 
 
 def documents(n, longer=1):
@@ -144,7 +145,7 @@ def new_model(where=None):
     shape = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device(where or device):
         model = HRM(HRMConfig(**shape))
-    model.set_compute(compute, attention, compile, recompute)
+    model.set_compute(compute, "auto" if where else attention, compile, recompute)
     return model
 
 
