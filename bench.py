@@ -83,7 +83,7 @@ def measure(*makers):
     times, results, longest = {}, {}, {}
     for some in [[make] for make in makers] if on_cuda else [makers]:
         variants = {name: run for make in some for name, run in make().items()}
-        for _ in tqdm(range(rounds + 1), desc="measuring", leave=False):
+        for _ in tqdm(range(rounds + 1), desc="measuring", leave=False, disable=None):
             for name in variants:
                 clock = time.perf_counter()
                 results[name] = variants[name]()
@@ -172,7 +172,6 @@ def bench_train():
     loader = make_loader(docs)
     batches = [next(loader) for _ in range(STEPS)]
     n_tokens, n_targets = (sum(getattr(b, key) for b in batches) for key in ("n_tokens", "n_targets"))
-    kept = []
 
     def ours():
         model = new_model()
@@ -184,7 +183,6 @@ def bench_train():
             for batch in batches:
                 train_step(model, optimizer, batch, bp_steps, micro_batch_size)
 
-        kept.append(bytes_kept(model, batches[0]))
         run_products = products(model, n_tokens, n_targets, STEPS * -(-batch_size // micro_batch_size))
         variants = {"ours": partial(train, compile), "products by F.linear": run_products}
         return variants | ({"ours, not compiled": partial(train, False)} if compile else {})
@@ -206,7 +204,8 @@ def bench_train():
     for who in "transformers", "transformers in float32":
         if found := [s for name, s in seconds.items() if name.startswith(f"{who}, ")]:
             table["ours"][f"of {who}"] = min(found) / seconds["ours"]
-    row = {"MB": kept[0] / 1e6, "KB/token": kept[0] / 1e3 / (min(micro_batch_size, batch_size) * block_size)}
+    kept = bytes_kept(new_model(), batches[0])
+    row = {"MB": kept / 1e6, "KB/token": kept / 1e3 / (min(micro_batch_size, batch_size) * block_size)}
     return table | {"kept for the backward pass": row} | longest
 
 

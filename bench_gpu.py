@@ -31,11 +31,11 @@ from attention import FLEX_KERNELS, attend, flex_mask, working_kernel
 from checks import NEEDS_CUDA, check_generation, check_optimizer, check_training, is_right
 from common import exit_on_error
 from devices import choose_device, free_memory
-from isolate import rows_of
+from isolate import run_parts
 from loader import prefetch
 from model import visible_keys
 from optim import AdamATan2
-from report import markdown, peak_flops, row_text
+from report import markdown, peak_flops
 from train import train_step
 
 # ---- settings ----
@@ -55,10 +55,8 @@ device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32 or bfloat16, as in train.py
 attention = "auto"  # as in train.py
 compile = True
-seed = 1337
 settings = configure(globals())
-compute = on_cuda = begin = deadline = None  # of a part, when it runs
-peak = gemm_rate = None  # of the card, in FLOP/s: by its name, and as measured
+compute = on_cuda = peak = gemm_rate = begin = deadline = cache = None  # of a part that runs; see main()
 
 
 def now():
@@ -82,9 +80,8 @@ def seconds(run, least=0.1):
 
 def rate(flops, seconds):
     """FLOP/s, and their shares of what the card can do."""
-    row = {"TFLOP/s": flops / seconds / 1e12}
-    limits = {"of the peak": peak, "of the GEMM rate": gemm_rate}
-    return row | {what: flops / seconds / limit for what, limit in limits.items() if limit}
+    units = {"TFLOP/s": 1e12, "of the peak": peak, "of the GEMM rate": gemm_rate}
+    return {what: flops / seconds / unit for what, unit in units.items() if unit}
 
 
 def make_batches(n, n_rows, longer=1):
@@ -106,9 +103,8 @@ def correct():
     """On two layers, with the shapes that the whole model has too."""
     vars(bench).update(n_layer=2, vocab_size=min(vocab_size, 4096))
     model, [batch], bad = bench.new_model(), make_batches(1, micro_batch_size), []
-    prompts = [ids[:p].tolist() for ids, p in bench.documents(8)]
-    checks = check_optimizer(device, compile), check_generation(model, prompts, 32, compile)
-    for what, row in chain(*checks, check_training(model, batch[:4], compile)):
+    generation = check_generation(model, [ids[:p].tolist() for ids, p in bench.documents(8)], 32, compile)
+    for what, row in chain(check_optimizer(device, compile), generation, check_training(model, batch[:4], compile)):
         yield what, row
         bad += [] if is_right(row) else [what]
     if bad:
@@ -118,13 +114,12 @@ def correct():
 def gemm():
     """How fast memory is read, and the products with each weight, and with all as often as a step has them."""
     yield "memory", dict(zip(("GB/s", "GB"), bench.bandwidth()))
-    model, n = bench.new_model("meta"), micro_batch_size * block_size
+    model, n, options = bench.new_model("meta"), micro_batch_size * block_size, dict(device=device, dtype=compute)
     for name, p in [*model.H[0].named_parameters(), ("head", model.lm_head)]:
-        shapes = (n, p.size(1)), p.shape, (n, p.size(0))
-        x, w, dy = (torch.randn(shape, device=device, dtype=compute) for shape in shapes)
+        x, w, dy = (torch.randn(*shape, **options) for shape in ((n, p.size(1)), p.shape, (n, p.size(0))))
         tera, work = 2e-12 * n * p.numel(), {"y": (x, w.mT), "dx": (dy, w), "dw": (dy.mT, x)}
-        row = {f"{what} TFLOP/s": tera / seconds(partial(torch.mm, *pair)) for what, pair in work.items()}
-        yield f"{name} {tuple(p.shape)}", row
+        rates = {f"{what} TFLOP/s": tera / seconds(partial(torch.mm, *pair)) for what, pair in work.items()}
+        yield f"{name} {tuple(p.shape)}", rates
     yield "all", rate(n * model.flops_per_token(bp_steps), seconds(bench.products(model, n, n, 1)))
 
 
@@ -147,8 +142,8 @@ def flex():
             run, pairs = partial(attend, *qkv, flex_mask(first, last, kernel)), (last - first).sum().item()
             forward, both = seconds(run), seconds(lambda run=run: torch.autograd.grad(run(), qkv, dy))
             flops = 2 * pairs * shape[2] * shape[3]  # of a product with each of these pairs; backward has q k once more
-            row = {"pairs seen": pairs / (micro_batch_size * block_size**2)}
-            yield f"{kernel}, {what}: forward", row | {"ms": 1e3 * forward} | rate(2 * flops, forward)
+            row = {"ms": 1e3 * forward, "pairs seen": pairs / (micro_batch_size * block_size**2)}
+            yield f"{kernel}, {what}: forward", row | rate(2 * flops, forward)
             yield f"{kernel}, {what}: backward", {"ms": 1e3 * (both - forward)} | rate(5 * flops, both - forward)
 
 
@@ -158,15 +153,14 @@ def step(mode="none", least=1, most=10**9, longer=1):
     bench.recompute, start, took = mode, begin, 0.0
     model, run = make_step()
     for size in (size for size in sizes if least <= size <= most):
-        what, row = f"micro-batches of {size}", {}
+        what = f"micro-batches of {size}"
         if time.time() + 1.2 * took > deadline:
             yield what, {"result": "no time left"}
             break
         try:
             torch.cuda.reset_peak_memory_stats() if on_cuda else None
             first, warm, *batches = make_batches(5, -(-rows // size) * size, longer)
-            run(first, size).item()
-            row |= {"first step s": time.time() - start, "rows": len(first.idx)}
+            row = {"rows": len(first.idx), "loss": run(first, size).item(), "first step s": time.time() - start}
             run(warm, size)
             clock = now()
             for batch in batches:
@@ -192,8 +186,7 @@ def profile():
 
 def decode():
     """One prompt, and many. The floor is the time to read each weight as often as it is used, and the caches once."""
-    speed, _ = bench.bandwidth()
-    model = bench.new_model().to(compute).eval()
+    speed, model = bench.bandwidth()[0], bench.new_model().to(compute).eval()
     prompts = sorted((ids[:p].tolist() for ids, p in bench.documents(n_prompts)), key=len)
     longest, per_token = len(prompts[-1]) + max_new_tokens, generate.cache_bytes_per_token(model)
     weights = model.config.n_steps * sum(p.nbytes for p in model.H.parameters()) + model.lm_head.nbytes
@@ -216,8 +209,7 @@ def decode():
             row["recording s"] = decode_one(2)
         s = statistics.median(decode_one(i) for i in range(3, max(4, max_new_tokens)))
         floor = (weights + per_token * (n_tokens + len(some) * max_new_tokens / 2)) / (1e9 * speed)
-        row |= {"ms/token": 1e3 * s, "tokens/s": len(some) / s, "of the floor": floor / s}
-        return row | ({} if engine.graphs else {"CUDA graphs": "none"})
+        return row | {"ms/token": 1e3 * s, "tokens/s": len(some) / s, "of the floor": floor / s}
 
     yield "one prompt", figures(prompts[n_prompts // 2 :][:1])
     torch.cuda.empty_cache()
@@ -229,11 +221,10 @@ def all_reduce():
     """Starts torchrun, whose ranks come to time_all_reduce()."""
     if ranks.world_size > 1:
         time_all_reduce()
-    n = torch.cuda.device_count() if on_cuda else 1
-    if n == 1:
+    if not on_cuda or torch.cuda.device_count() == 1:
         yield "all-reduce", {"result": "needs several cards"}
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=gpu"]
     with subprocess.Popen([*torchrun, __file__, *sys.argv[1:]], stdout=subprocess.PIPE, text=True) as process:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(1, deadline - time.time() - 10))
@@ -251,8 +242,8 @@ def time_all_reduce():
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     alone = seconds(partial(ranks.sum_over_ranks, *gradients), 0)
     with patch.object(ranks, "summing_gradients", nullcontext):
-        times = {"overlapped": overlapped, "none": seconds(step, 0)}
-        times["afterwards"] = seconds(lambda: (step(), ranks.sum_over_ranks(*gradients)), 0)
+        afterwards = seconds(lambda: (step(), ranks.sum_over_ranks(*gradients)), 0)
+        times = {"overlapped": overlapped, "afterwards": afterwards, "none": seconds(step, 0)}
     table = {f"step of {ranks.world_size} ranks, all-reduce {what}": {"ms": 1e3 * s} for what, s in times.items()}
     table["all-reduce alone"] = {"ms": 1e3 * alone, "GB/s": sum(g.nbytes for g in gradients) / alone / 1e9}
     ranks.print0(json.dumps(table))
@@ -270,6 +261,8 @@ def run_part(part, values):
     """In a process of its own."""
     for place in globals(), vars(bench):
         place.update(values)
+    if cache:  # of compiled code: a new one from "step" on, so that its first step takes as long as on a new machine
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{part in ('correct', 'gemm', 'flex')}"
     choose_device(device, dtype)
     yield from PARTS[part][0]()
 
@@ -287,30 +280,18 @@ def main():
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     about = ", ".join((name, f"{compute}, torch {torch.__version__}", time.strftime("%Y-%m-%d"), f"commit {commit}"))
-    content, until = dict(about=about, settings=settings, seconds={}, failed={}, tables={}), time.time()
+    content = dict(about=about, settings=settings, seconds={}, failed={}, tables={})
     print(about)
-    with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        for part in chosen:
-            # A new cache of compiled code from "step" on, so that its first step takes as long as on a new machine.
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{part in ('correct', 'gemm', 'flex')}"
-            begin, until, table = time.time(), until + PARTS[part][1], content["tables"].setdefault(part, {})
-            print(f"\n{part}", flush=True)
-            try:
-                values |= dict(begin=begin, deadline=until)
-                for what, row in rows_of(run_part, (part, values), until, fork=not on_cuda):
-                    table[what] = row
-                    print(f"  {what:<36}", ", ".join(f"{k} {v}" for k, v in row_text(row).items()), flush=True)
-            except ValueError as e:
-                content["failed"][part] = str(e)
-                print(f"part {part} failed: {e}")
-            content["seconds"][part] = time.time() - begin
-            print(f"  {content['seconds'][part]:.0f} s")
+    with TemporaryDirectory(ignore_cleanup_errors=True) as values["cache"]:
+        for part, table, taken, why in run_parts(run_part, {p: PARTS[p][1] for p in chosen}, values, not on_cuda):
+            content["tables"][part], content["seconds"][part] = table, taken
+            content["failed"] |= {part: why} if why else {}
             if part == "gemm" and "all" in table:
                 values["gemm_rate"] = 1e12 * table["all"]["TFLOP/s"]
             Path("bench_gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\n{about}\n{markdown(content['tables'])}\n\nwritten to bench_gpu.json")
-    if failed := content["failed"]:
-        sys.exit(f"bench_gpu.py: not all parts have run: {', '.join(failed)}")
+    if content["failed"]:
+        sys.exit(f"bench_gpu.py: not all parts have run: {', '.join(content['failed'])}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,28 @@ import time
 from multiprocessing import get_context
 
 from common import one_line
+from report import row_text
+
+
+def run_parts(function, parts, values, fork=False):
+    """Runs each of parts {name: seconds}: function(name, values) yields (what, row) in a process of its own; they are
+    printed as they come. A part may use what those before it have left of their seconds. The values that it gets hold
+    its `begin` and `deadline`, too. Yields (name, {what: row}, seconds taken, why it failed or None)."""
+    deadline = time.time()
+    for name, limit in parts.items():
+        begin, deadline, table, failed = time.time(), deadline + limit, {}, None
+        print(f"\n{name}", flush=True)
+        try:
+            own = values | dict(begin=begin, deadline=deadline)
+            for what, row in rows_of(function, (name, own), deadline, fork):
+                table[what] = row
+                print(f"  {what:<36}", ", ".join(f"{k} {v}" for k, v in row_text(row).items()), flush=True)
+        except ValueError as e:
+            failed = str(e)
+            print(f"part {name} failed: {e}")
+        taken = time.time() - begin
+        print(f"  {taken:.0f} s", flush=True)
+        yield name, table, taken, failed
 
 
 def rows_of(function, arguments, until, fork=False):
