@@ -1,7 +1,6 @@
 """What a GPU gives: first whether it computes right, then how fast each part is. Within 10 minutes on one card.
 
     python bench_gpu.py config/hrm1b.py
-    python bench_gpu.py config/hrm1b.py --parts=gemm,step
 
 Each part runs in a process of its own, which ends when its time is up: one that fails, or hangs, costs no other.
 Prints figures as they come, and at the end tables for a README; all is in bench_gpu.json too.
@@ -100,8 +99,7 @@ def make_step():
 
 # ---- the parts: each yields (what, {figure: its value}) ----
 def correct():
-    """On two layers, with the shapes that the whole model has too."""
-    vars(bench).update(n_layer=2, vocab_size=min(vocab_size, 4096))
+    vars(bench).update(n_layer=2, vocab_size=min(vocab_size, 4096))  # with the shapes that the whole model has too
     model, [batch], bad = bench.new_model(), make_batches(1, micro_batch_size), []
     generation = check_generation(model, [ids[:p].tolist() for ids, p in bench.documents(8)], 32, compile)
     for what, row in chain(check_optimizer(device, compile), generation, check_training(model, batch[:4], compile)):
@@ -250,16 +248,16 @@ def time_all_reduce():
     ranks.shutdown(status=0)
 
 
-PARTS = {"correct": (correct, 170), "gemm": (gemm, 25), "flex": (flex, 75), "step": (step, 110)}  # with seconds: what
+# Each with its seconds; what a part leaves of them, the next may use. Together, on one card, they are 10 minutes.
+PARTS = {"correct": (correct, 170), "gemm": (gemm, 25), "flex": (flex, 75), "step": (step, 110)}
 PARTS |= {"inputs": (partial(step, "inputs", least=4), 55), "blocks": (partial(step, "blocks", least=8, most=8), 30)}
 PARTS |= {"long": (partial(step, least=2, most=2, longer=9), 30), "profile": (profile, 25), "decode": (decode, 70)}
-PARTS |= {"all-reduce": (all_reduce, 90)}  # a part leaves of them, the next may use; together, on one card, 10 minutes
+PARTS |= {"all-reduce": (all_reduce, 90)}  # on one card none
 
 
 # ---- running them ----
 def run_part(part, values):
-    """In a process of its own."""
-    for place in globals(), vars(bench):
+    for place in globals(), vars(bench):  # of a process of its own
         place.update(values)
     if cache:  # of compiled code: a new one from "step" on, so that its first step takes as long as on a new machine
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{part in ('correct', 'gemm', 'flex')}"
@@ -278,7 +276,9 @@ def main():
     if ranks.world_size > 1:
         [*run_part("all-reduce", values)]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    commit = "unknown"
+    with suppress(OSError):  # no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
     about = ", ".join((name, f"{compute}, torch {torch.__version__}", time.strftime("%Y-%m-%d"), f"commit {commit}"))
     content = dict(about=about, settings=settings, seconds={}, failed={}, tables={})
     print(about)
