@@ -12,6 +12,7 @@ with the same weights and documents; that of data is tiktoken. Machines are nois
 
 from configurator import configure
 
+import gc
 import json
 import os
 import statistics
@@ -35,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import exit_on_error
-from devices import choose_device
+from devices import choose_device, free_memory
 from hf import save_hf
 from loader import Loader
 from model import HRM, IGNORE, HRMConfig
@@ -44,8 +45,7 @@ from sources import read_rows, to_pair, word_problems
 from tokenizer import load_encoding, token_dtype
 from train import train_step
 
-# ----------------------------------------------------------------------------------------------------
-# settings
+# ---- settings ----
 n_layer = 4
 n_head = 4
 n_embd = 256
@@ -71,23 +71,36 @@ compile = True
 recompute = "none"  # as in train.py
 seed = 1337
 settings = configure(globals(), [arg for arg in sys.argv[1:] if not arg.isalpha()] if __name__ == "__main__" else [])
-# ----------------------------------------------------------------------------------------------------
 
 data = SimpleNamespace(**run_path(str(Path(__file__).with_name("data.py"))))  # `import data` might find the directory
 STEPS = 2  # of training in a measurement, ours and the peer's
 
 
-def measure(variants):
-    """{name: function} -> {name: median seconds of `rounds` calls, in turns, after one to warm up}, {name: result}."""
-    times, results = {name: [] for name in variants}, {}
-    for _ in tqdm(range(rounds + 1), desc="measuring", leave=False):
-        for name, run in variants.items():
-            clock = time.perf_counter()
-            results[name] = run()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            times[name].append(time.perf_counter() - clock)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}, results
+def measure(*makers):
+    """Each maker makes variants {name: function} -> {name: median seconds of `rounds` calls after one to warm up},
+    {name: result}, and with profile longest_operations() of "ours". On a GPU the variants of one maker are in memory at
+    a time; on a CPU, whose speed changes from minute to minute, all take turns."""
+    times, results, longest = {}, {}, {}
+    for some in [[make] for make in makers] if on_cuda else [makers]:
+        variants = {name: run for make in some for name, run in make().items()}
+        for _ in tqdm(range(rounds + 1), desc="measuring", leave=False, disable=None):
+            for name in variants:
+                clock = time.perf_counter()
+                results[name] = variants[name]()
+                if device != "cpu":
+                    torch.accelerator.synchronize()
+                times.setdefault(name, []).append(time.perf_counter() - clock)
+        longest |= longest_operations(variants["ours"]) if profile and "ours" in variants else {}
+        variants.clear()
+        gc.collect()
+        torch.cuda.empty_cache()  # which does nothing where there is no card in use
+    return {name: statistics.median(t[1:]) for name, t in times.items()}, results, longest
+
+
+def bandwidth():
+    """(GB/s of reading an array, its GB: 8 on a GPU where it fits, as its cache is large)."""
+    x = torch.ones(min(2 * 10**9, free_memory(device) // 8) if on_cuda else 2**26, device=device)
+    return x.nbytes / measure(lambda: {"read": x.sum})[0]["read"] / 1e9, x.nbytes / 1e9
 
 
 def longest_operations(run):
@@ -100,15 +113,17 @@ def longest_operations(run):
         events = [e for e in events if e.device_type == cuda and not e.is_user_annotation]
     rows = sorted(((getattr(e, kind), e.count, e.key.removeprefix("## Call ")[:36]) for e in events), reverse=True)
     total = sum(row[0] for row in rows)
-    return {f"{i}. {key}": {"of the time": t / total, "calls": n} for i, (t, n, key) in enumerate(rows[:10], 1)}
+    rows = [(total, sum(row[1] for row in rows), "all"), *rows[:10]]
+    return {f"{i}. {key}": {"of the time": t / total, "ms": t / 1e3, "calls": n} for i, (t, n, key) in enumerate(rows)}
 
 
-def documents(n):
-    """n documents (ids, length of the prefix) of random ids, with lengths spread like GSM8K's in a BPE of 4,096 ids."""
+def documents(n, longer=1):
+    """n documents (ids, length of the prefix) of random ids, with lengths spread like GSM8K's in a BPE of 4,096 ids,
+    which are 166 on average, times `longer`."""
     rng = np.random.default_rng(seed)
     common, own = rng.normal(size=(2, n))
-    prefixes = np.exp(4.175 + 0.348 * common).astype(int)
-    responses = np.exp(4.483 + 0.439 * (0.54 * common + 0.84 * own)).astype(int)
+    prefixes = (longer * np.exp(4.175 + 0.348 * common)).astype(int)
+    responses = (longer * np.exp(4.483 + 0.439 * (0.54 * common + 0.84 * own))).astype(int)
     sizes = np.minimum(prefixes + responses, block_size)
     return [(torch.from_numpy(rng.integers(4, vocab_size, n)), int(min(p, n - 1))) for p, n in zip(prefixes, sizes)]
 
@@ -124,73 +139,74 @@ def make_loader(docs):
         return Loader(directory, "train", batch_size, block_size, seed)
 
 
-def new_model():
+def new_model(where=None):
+    """Our model, the same every time, on `device` or elsewhere."""
     torch.manual_seed(seed)
     shape = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    model = HRM(HRMConfig(**shape)).to(device)
-    model.set_compute(compute, attention, compile, recompute)
+    with torch.device(where or device):
+        model = HRM(HRMConfig(**shape))
+    model.set_compute(compute, "auto" if where else attention, compile, recompute)
     return model
 
 
-def peer_model(model):
-    """transformers' model with the same weights and, as far as its setting reaches, the same truncation."""
+def peer_model(dtype, bytes_per_weight):
+    """transformers' model with the weights of new_model() and, as far as its setting reaches, the same truncation. None
+    without peer, or where so many bytes per weight do not fit, and a line says so."""
+    need, free = bytes_per_weight * sum(p.numel() for p in new_model("meta").parameters()), free_memory(device)
+    if not peer or need > free:
+        return print(f"no peer: its model takes {need / 1e9:.1f} GB, {free / 1e9:.1f} are free") if peer else None
     from transformers import HrmTextForCausalLM
 
-    H_cycles, options = model.config.H_cycles, dict(attn_implementation="sdpa", dtype=model.embed.dtype)
+    model = new_model().to(dtype)
+    H_cycles = model.config.H_cycles
     with TemporaryDirectory() as directory:
-        L_grad = bp_steps - min(H_cycles, bp_steps - 1)
-        save_hf(model, directory, L_bp_cycles=[0] * (H_cycles - 1) + [L_grad])
-        return HrmTextForCausalLM.from_pretrained(directory, **options).to(device)
+        save_hf(model, directory, L_bp_cycles=[0] * (H_cycles - 1) + [bp_steps - min(H_cycles, bp_steps - 1)])
+        del model
+        return HrmTextForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=dtype).to(device)
 
 
-# ----------------------------------------------------------------------------------------------------
-# training
-
-
+# ---- training ----
 def bench_train():
     """Training steps on packed rows; tokens/s are those of documents, without padding."""
     docs = documents(max(512, 12 * batch_size * block_size // 128))
     loader = make_loader(docs)
     batches = [next(loader) for _ in range(STEPS)]
     n_tokens, n_targets = (sum(getattr(b, key) for b in batches) for key in ("n_tokens", "n_targets"))
-    model = new_model()
-    optimizer = AdamATan2(model.parameters(), lr=1e-4, ema=0.999, compile=compile)
-    updates = {True: optimizer.update, False: adam_atan2}  # of one optimizer, to have its memory once
 
-    def train(compiled):
-        model.compile_blocks, optimizer.update = compiled, updates[compiled]
-        for batch in batches:
-            train_step(model, optimizer, batch, bp_steps, micro_batch_size)
+    def ours():
+        model = new_model()
+        optimizer = AdamATan2(model.parameters(), lr=1e-4, ema=0.999, compile=compile)
+        updates = {True: optimizer.update, False: adam_atan2}  # of one optimizer, to have its memory once
 
-    kept = bytes_kept(model, batches[0])
-    memory = {"MB": kept / 1e6, "KB/token": kept / 1e3 / (min(micro_batch_size, batch_size) * block_size)}
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        train(compile)
-        memory["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-    run_products = products(model, n_tokens, n_targets, STEPS * -(-batch_size // micro_batch_size))
-    variants = {"ours": partial(train, compile), "products by F.linear": run_products}
-    if compile:
-        variants["ours, not compiled"] = partial(train, False)
-    if peer:
-        theirs, docs = peer_model(model), [docs[d] for batch in batches for d in batch.documents]
-        step = partial(peer_steps, theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True))
-        for size in peer_batches:
-            variants[f"transformers, batches of {size}"] = partial(step, padded(docs, size), compute)
-        if compute != torch.float32:
-            name = f"transformers in float32, batches of {peer_batches[0]}"
-            variants[name] = partial(step, padded(docs, peer_batches[0]), torch.float32)
-    variants["loader"] = lambda: [next(loader) for _ in range(STEPS)]
-    seconds, _ = measure(variants)
+        def train(compiled):
+            model.compile_blocks, optimizer.update = compiled, updates[compiled]
+            for batch in batches:
+                train_step(model, optimizer, batch, bp_steps, micro_batch_size)
+
+        run_products = products(model, n_tokens, n_targets, STEPS * -(-batch_size // micro_batch_size))
+        variants = {"ours": partial(train, compile), "products by F.linear": run_products}
+        return variants | ({"ours, not compiled": partial(train, False)} if compile else {})
+
+    def theirs():
+        if not (model := peer_model(torch.float32, 16)):  # with gradients, and AdamW's two moments
+            return {}
+        own = [docs[d] for batch in batches for d in batch.documents]
+        step = partial(peer_steps, model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
+        ways = [("transformers", size, compute) for size in peer_batches]
+        ways += [("transformers in float32", peer_batches[0], torch.float32)] * (compute != torch.float32)
+        return {f"{who}, batches of {size}": partial(step, padded(own, size), c) for who, size, c in ways}
+
+    seconds, _, longest = measure(ours, theirs, lambda: {"loader": lambda: [next(loader) for _ in range(STEPS)]})
     table = {name: {"tokens/s": n_tokens / s} for name, s in seconds.items()}
     table["loader"]["of a step"] = seconds["loader"] / seconds["ours"]
-    table["ours"]["GFLOP/s"] = model.flops_per_token(bp_steps) * table["ours"]["tokens/s"] / 1e9
+    table["ours"]["GFLOP/s"] = new_model("meta").flops_per_token(bp_steps) * table["ours"]["tokens/s"] / 1e9
     table["ours"]["of the products' rate"] = seconds["products by F.linear"] / seconds["ours"]
     for who in "transformers", "transformers in float32":
         if found := [s for name, s in seconds.items() if name.startswith(f"{who}, ")]:
             table["ours"][f"of {who}"] = min(found) / seconds["ours"]
-    table["kept for the backward pass"] = memory
-    return table | (longest_operations(variants["ours"]) if profile else {})
+    kept = bytes_kept(new_model(), batches[0])
+    row = {"MB": kept / 1e6, "KB/token": kept / 1e3 / (min(micro_batch_size, batch_size) * block_size)}
+    return table | {"kept for the backward pass": row} | longest
 
 
 def products(model, n_tokens, n_targets, n_micro):
@@ -249,44 +265,40 @@ def peer_steps(theirs, optimizer, batches, compute):
         optimizer.step()
 
 
-# ----------------------------------------------------------------------------------------------------
-# decoding
-
-
+# ---- decoding ----
 def bench_decode():
     """Greedy generation from prompts of mixed lengths, all at once and one alone."""
-    model = new_model().to(compute).eval()
-    if peer:
-        theirs = peer_model(model)
-        faster = copy(theirs)
-        faster.forward = torch.compile(theirs.forward)
     prompts = [ids[:p].tolist() for ids, p in documents(n_prompts)]
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > block_size + 1:
         raise ValueError(f"{max_new_tokens} new tokens after the longest prompt exceed block_size = {block_size}")
+    table, median, model = {}, sorted(prompts, key=len)[n_prompts // 2], new_model("meta")
     n_weights = model.config.n_steps * sum(p.numel() for p in model.H.parameters()) + model.lm_head.numel()
-    table, median = {}, sorted(prompts, key=len)[n_prompts // 2]
+
+    def ours(some):
+        return {"ours": partial(new_model().to(compute).eval().generate, some, max_new_tokens)}
+
+    def theirs(some):
+        if not (model := peer_model(compute, 2 * compute.itemsize)):  # with ours, from which it gets them
+            return {}
+        variants, faster = {"transformers": partial(peer_generate, model, some)}, copy(model)
+        variants["transformers, static cache"] = partial(peer_generate, model, some, "static")  # compiles on cuda
+        if len(some) == 1 and not on_cuda:  # with many, slower than not compiled (transformers 5.23)
+            faster.forward = torch.compile(model.forward)
+            variants["transformers, static cache, compiled"] = partial(peer_generate, faster, some, "static")
+        return variants
+
     for what, some in (f"{n_prompts} prompts", prompts), ("one prompt", [median]):
-        variants = {"ours": partial(model.generate, some, max_new_tokens)}
-        if peer:
-            variants["transformers"] = partial(peer_generate, theirs, some)
-            variants["transformers, static cache"] = partial(peer_generate, theirs, some, "static")  # compiles on cuda
-            if len(some) == 1 and not on_cuda:  # with many, slower than not compiled (transformers 5.23)
-                variants["transformers, static cache, compiled"] = partial(peer_generate, faster, some, "static")
-        seconds, answers = measure(variants)
+        seconds, answers, operations = measure(partial(ours, some), partial(theirs, some))
         for name, s in seconds.items():
-            step = s / max_new_tokens
-            table[f"{what}: {name}"] = {"tokens/s": len(some) / step, "ms/step": 1e3 * step}
-        ours = table[f"{what}: ours"]
-        ours["GB/s of weights"] = n_weights * compute.itemsize * max_new_tokens / seconds["ours"] / 1e9
-        if peer:
-            ours["of transformers"] = min(s for name, s in seconds.items() if name != "ours") / seconds["ours"]
-            ours["same answers"] = sum(len(set(map(tuple, a))) == 1 for a in zip(*answers.values())) / len(some)
-        if profile:
-            table |= {f"{what}: {name}": row for name, row in longest_operations(variants["ours"]).items()}
-    x = torch.ones(2**26, device=device)
-    table["memory"] = {"GB/s": x.nbytes / measure({"read": x.sum})[0]["read"] / 1e9}
-    return table
+            table[f"{what}: {name}"] = {"tokens/s": len(some) * max_new_tokens / s, "ms/step": 1e3 * s / max_new_tokens}
+        row = table[f"{what}: ours"]
+        row["GB/s of weights"] = n_weights * compute.itemsize * max_new_tokens / seconds["ours"] / 1e9
+        if others := [s for name, s in seconds.items() if name != "ours"]:
+            row["of transformers"] = min(others) / seconds["ours"]
+            row["same answers"] = sum(len(set(map(tuple, a))) == 1 for a in zip(*answers.values())) / len(some)
+        table |= {f"{what}: {name}": row for name, row in operations.items()}
+    return table | {"memory": dict(zip(("GB/s", "GB"), bandwidth()))}
 
 
 def peer_generate(theirs, prompts, cache=None):
@@ -300,10 +312,7 @@ def peer_generate(theirs, prompts, cache=None):
     return new[:, longest:].tolist()
 
 
-# ----------------------------------------------------------------------------------------------------
-# data
-
-
+# ---- data ----
 def bench_data():
     """data.prepare(), from a file to a dataset, against tiktoken's encode_ordinary_batch on texts in memory."""
     with TemporaryDirectory() as directory:
@@ -319,26 +328,20 @@ def bench_data():
         options |= dict(source=str(large), tokenizer=str(dataset))
         encoding, pairs = load_encoding(dataset).tiktoken, [to_pair(row, fields) for _, row in read_rows(str(small))]
         texts = [text for pair in pairs for text in pair[:2]]
-
-        def encode(pair):
-            return [encoding.encode_ordinary(text) for text in pair[:2]]
-
+        jobs = partial(data.in_threads, lambda pair: [encoding.encode_ordinary(text) for text in pair[:2]])
         variants = {
             "data.py": partial(data.prepare, Path(directory, "large"), **options),
             "tiktoken": partial(encoding.encode_ordinary_batch, texts, num_threads=threads),
-            "tiktoken in jobs of 500": lambda: list(data.in_threads(encode, zip(pairs), threads)),
+            "tiktoken in jobs of 500": lambda: list(jobs(zip(pairs), threads)),
         }
-        seconds, _ = measure(variants)
+        seconds, _, _ = measure(lambda: variants)
     seconds["data.py"] /= repeats
     table = {name: {"documents/s": len(pairs) / s} for name, s in seconds.items()}
     table["data.py"]["of tiktoken"] = seconds["tiktoken"] / seconds["data.py"]
     return table
 
 
-# ----------------------------------------------------------------------------------------------------
-# compilation
-
-
+# ---- compilation ----
 def bench_compile():
     """Seconds from the start of a Python process to the end of its first step or token."""
     here = settings | dict(device=device, compute=compute, on_cuda=on_cuda)

@@ -13,7 +13,29 @@ from generate import ban_ids_without_token, stream
 from ranks import print0
 from tokenizer import load_encoding, special_id
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}  # dense bf16,
+PEAK_FLOPS |= {"L40S": 362e12, "4090": 165e12}  # by the first of these names that is a part of the card's
+
+
+def peak_flops(name):
+    """The peak rate of the card of this name, or None where it is not known."""
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
+def row_text(row):
+    """A table's row {column: number or text} as texts."""
+    return {key: value if isinstance(value, str) else f"{value:,.4g}" for key, value in row.items()}
+
+
+def markdown(tables):
+    """Tables {title: {row: {column: number or text}}} for a README."""
+    lines = []
+    for title, table in ((title, table) for title, table in tables.items() if table):
+        columns = list(dict.fromkeys(key for row in table.values() for key in row))
+        lines += ["", f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+        for what, row in table.items():
+            lines.append(f"| {what} | {' | '.join(row_text(row).get(key, '') for key in columns)} |")
+    return "\n".join(lines)
 
 
 class Progress:
@@ -25,7 +47,7 @@ class Progress:
         self.files, self.model, self.max_iters, self.mark = files, model, max_iters, None
         on_cuda = device.startswith("cuda")
         name = torch.cuda.get_device_name() if on_cuda else f"{device} ({torch.get_num_threads()} threads)"
-        self.peak_flops = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+        self.peak_flops = peak_flops(name)
         dtype, compiled = str(model.compute_dtype).removeprefix("torch."), model.compile_blocks
         n_params = sum(p.numel() for p in model.parameters())
         print0(f"{n_params:,} parameters, {ranks.world_size} x {name}, {dtype}, compile {compiled}")

@@ -215,3 +215,25 @@ def test_bench_measures_and_says_so(workplace):
     assert tables["data"]["data.py"]["of tiktoken"] > 0 and tables["decode"]["3 prompts: ours"]["tokens/s"] > 0
     failed = run(workplace, "bench.py", "trian", ok=False)
     assert failed.stderr.splitlines() == ["bench.py: there is no task trian, only all, train, decode, data, compile"]
+
+
+def test_parts_of_bench_gpu(workplace):
+    """Without a card its parts give figures too, or say why not; one that fails is told, and the others go on."""
+    small = "--n_layer=2 --n_head=2 --n_embd=32 --vocab_size=300 --block_size=128 --sizes=(1,2,4,8) --rows=1".split()
+    small += "--n_prompts=3 --max_new_tokens=6 --compile=False --device=cpu --dtype=float32".split()
+    run(workplace, "bench_gpu.py", *small)
+    content = json.loads((workplace / "bench_gpu.json").read_text())
+    tables = content["tables"]
+    assert list(tables) == "correct gemm flex step inputs blocks long profile decode all-reduce".split()
+    assert not content["failed"] and tables["flex"]["flex"] == {"result": "needs cuda"}
+    assert tables["correct"]["bfloat16, sdpa"]["gradients"] > 0
+    assert [list(tables[part]) for part in ("step", "inputs", "blocks", "long")] == [
+        [f"micro-batches of {size}" for size in sizes] for sizes in ([1, 2, 4, 8], [4, 8], [8], [2])
+    ]
+    assert all(row["tokens/s"] > 0 and row["of the GEMM rate"] > 0 for row in tables["step"].values())
+    assert [row["tokens/s"] > 0 for row in tables["decode"].values()] == [True, True]
+    failed = run(workplace, "bench_gpu.py", *small, "--n_head=3", "--parts=profile,flex", ok=False)
+    assert "part profile failed: n_embd (32) must be a multiple" in failed.stdout and "needs cuda" in failed.stdout
+    assert failed.stderr.splitlines() == ["bench_gpu.py: not all parts have run: profile"]
+    failed = run(workplace, "bench_gpu.py", "--parts=gem", ok=False)
+    assert failed.stderr.startswith("bench_gpu.py: there is no part gem, only correct, gemm")
