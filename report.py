@@ -105,4 +105,4 @@ def print_answers(model, directory, documents, max_new_tokens=64):
     except (ValueError, RuntimeError) as e:  # no tiktoken, say, weights that diverge, or a card that is full
         print0(f"  no sample answers: {one_line(e)}")
     finally:
-        model.compile_blocks = compile_blocks
+        model.compile_blocks, model.engine = compile_blocks, None  # training needs the memory of its caches
