@@ -140,10 +140,12 @@ def rounded(length, least=64):
 def take_engine(model, n_slots, max_len, choose):
     """The engine that the model keeps, if it serves, or a new one; never the memory of both."""
     engine, model.engine = model.engine, None
-    if not engine or engine.max_len < max_len or engine.made_for != made_for(model, n_slots):
+    if engine and engine.max_len >= max_len and engine.made_for == made_for(model, n_slots):
+        engine.update_weights()
+    else:
         engine = None
         engine = Engine(model, n_slots, max_len)
-    engine.begin(choose)
+    engine.choose = choose
     return engine
 
 
@@ -154,8 +156,8 @@ def made_for(model, n_slots):
 
 
 class Engine:
-    """Answers in `n_slots` slots, each of at most `max_len` tokens. `ids` are the newest of each slot, which `choose`
-    has found in the logits."""
+    """Answers in `n_slots` slots, each of at most `max_len` tokens. `ids` are the newest of each slot, as the function
+    `choose` (see take_engine) takes them from logits."""
 
     def __init__(self, model, n_slots, max_len):
         config, device = model.config, model.embed.device
@@ -174,9 +176,8 @@ class Engine:
         self.ids, self.pos = torch.zeros_like(self.slots), torch.zeros_like(self.slots)  # newest ids; where they go
         self.mask = cache_mask(self.pos, self.max_len + 1) if self.flex else None
 
-    def begin(self, choose):
-        """Before other prompts: the weights may have changed since they were cast."""
-        self.choose = choose
+    def update_weights(self):
+        """Cast them again into the same places, as they may have changed."""
         for old, new in zip(*map(all_tensors, (self.weights, self.model.cast_weights()))):
             if old.data_ptr() != new.data_ptr():
                 old.copy_(new)
