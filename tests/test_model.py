@@ -299,7 +299,8 @@ def test_waiting_prompts_take_the_places_of_complete_ones(monkeypatch):
     lengths = torch.randint(1, 31, (40,), generator=torch.Generator().manual_seed(2)).tolist()
     prompts = [[(7 * i + j * j) % 7 for j in range(n)] for i, n in enumerate(lengths)]
     want = [model.generate([prompt], 10, stop_token=3)[0] for prompt in prompts]
-    assert {0, 1, 10} <= {len(new) for new in want}
+    found = {len(new) for new in want}
+    assert {0, 10} <= found and len(found) > 2  # which ones depends on torch's random numbers
     for slots in 1, 5, 40:
         assert model.generate(prompts, 10, stop_token=3, slots=slots) == want
         for most in 1, 2, 3:  # so few that some stop at the step that is their last
