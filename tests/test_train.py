@@ -39,7 +39,9 @@ def averages(out):
 def test_ranks_and_micro_batches_change_nothing(workplace, bp_steps):
     """20 steps on one process, on two ranks, on three (which share 4 rows unequally), and in two micro-batches."""
     args = [*TINY, f"--bp_min={bp_steps}", f"--bp_max={bp_steps}", "--max_iters=20", "--log_interval=1"]
-    ways = {"one": ([], 1), "two": ([], 2), "three": ([], 3), "micro": (["--micro_batch_size=2"], 1)}
+    ways = {"one": ([], 1), "two": ([], 2)}
+    if bp_steps == 5:
+        ways |= {"three": ([], 3), "micro": (["--micro_batch_size=2"], 1)}
     for name, (extra, n) in ways.items():
         run(workplace, "train.py", *args, *extra, f"--out_dir={name}", ranks=n)
     losses = read_log(workplace / "one")
