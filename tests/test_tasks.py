@@ -282,6 +282,51 @@ def test_fewer_shots_are_told(tmp_path, capsys):
     assert "1 questions have fewer than 5 shots" in capsys.readouterr().out
 
 
+def test_a_task_of_ones_own(tmp_path):
+    """As the docstring of tasks.py says."""
+
+    @tasks.from_rows("me/capitals", "capitals", "test")
+    def capitals(row):
+        return dict(prompt=f"What is the capital of {row['country']}?", truth=row["capital"])
+
+    write_rows(tmp_path, {"capitals/test": [{"country": "Italy", "capital": "Rome"}, {"country": "Peru"}]})
+    task = tasks.Task(capitals, scorers.same_answer, "direct")
+    [question] = task.questions(data_dir=tmp_path, limit=1)
+    assert question.prompt == "What is the capital of Italy?" and say(task.score("Rome", question)) == "right"
+    with pytest.raises(ValueError, match="line 2 is no row for capitals.*: it lacks 'capital'"):
+        task.questions(data_dir=tmp_path)
+
+
+HUB = {  # what is asked of it: (repository, configuration, split)
+    "gsm8k": ["openai/gsm8k main test"],
+    "math": [f"EleutherAI/hendrycks_math {subject} test" for subject in tasks.MATH],
+    "drop": ["EleutherAI/drop None train", "EleutherAI/drop None validation"],
+    "mmlu": ["cais/mmlu all dev", "cais/mmlu all test"],
+    "arc": ["allenai/ai2_arc ARC-Challenge validation", "allenai/ai2_arc ARC-Challenge test"],
+    "hellaswag": ["Rowan/hellaswag None train", "Rowan/hellaswag None validation"],
+    "winogrande": [f"allenai/winogrande winogrande_debiased {split}" for split in ("train", "validation")],
+    "boolq": ["google/boolq None train", "google/boolq None validation"],
+    "mmlu_pro": ["TIGER-Lab/MMLU-Pro None test"],
+    "aime24": ["math-ai/aime24 None test"],
+    "aime25": ["math-ai/aime25 None test"],
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_rows_of_the_hub(name, monkeypatch):
+    import datasets
+
+    def load_dataset(*where, split):
+        asked.append(f"{where[0]} {where[1]} {split}")
+        return next(rows for place, rows in CASES[name][0].items() if place.endswith(f"/{split}"))
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    questions = TASKS[name].questions()
+    assert asked == HUB[name] and "".join(questions[-1].shots) + questions[-1].prompt == CASES[name][1]
+    assert [q.row for q in questions] == [*range(7 if name == "math" else len(questions))] and len(tasks.MATH) == 7
+
+
 def test_a_file_is_a_task(tmp_path):
     write_rows(tmp_path, {"quiz": [{"prompt": "2+2?", "answer": 4}, {"prompt": "Capital?", "answer": "Rome"}]})
     task = find_task(f"{tmp_path}/quiz.jsonl")
