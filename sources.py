@@ -90,10 +90,11 @@ def read_rows(source, config="", split="train"):
         import datasets
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # else it prints what it raises, too
-        if path.is_file():
-            rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        tables = [path] if path.is_file() else sorted(path.glob(f"{split}*.parquet"))  # to datasets, `dev` is no name
+        if tables:
+            rows = datasets.load_dataset("parquet", data_files=[*map(str, tables)], split="train")
         else:
-            rows = datasets.load_dataset(source, None if path.exists() else config or None, split=split)
+            rows = datasets.load_dataset(str(source), None if path.exists() else config or None, split=split)
     except Exception as e:
         cause = e.__cause__ or e
         error = f"{type(cause).__name__}: {one_line(cause)}"
@@ -131,6 +132,19 @@ def read_lines(file):
                     yield where, "not a JSON object"
 
 
+def text_fault(text, key):
+    """What is wrong with a text: its kind, and details after a colon. None where nothing is."""
+    if not text.strip():
+        return f"empty {key}"
+    if len(text) > MAX_TEXT_BYTES:
+        return f"{key} longer than {MAX_TEXT_BYTES:,} characters"
+    if "\0" in text:
+        return f"a NUL character in the {key}"
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # "\\ud800" in JSON
+        return f"half a surrogate pair in the {key}"
+    return None
+
+
 def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False):
     """A row of read_rows() -> (instruction, response, condition), or a text that says what is wrong with it: its kind,
     and details after a colon. `fields` has the row's names for these three, where they differ; such a field must be in
@@ -144,18 +158,11 @@ def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False)
             there = ", ".join(map(repr, islice(row, 8))) or "none"
             example = dict(zip(("instruction", "response"), row))
             return f"no field '{name}': the row's fields are {there}; name them as in --fields=\"{example}\""
-    for key in ("instruction", "response"):
-        text = row[names[key]]
-        if not isinstance(text, str):
+    for key in "instruction", "response":
+        if not isinstance(row[names[key]], str):
             return f"no text in the field '{names[key]}'"
-        if not text.strip():
-            return f"empty {key}"
-        if len(text) > MAX_TEXT_BYTES:
-            return f"{key} longer than {MAX_TEXT_BYTES:,} characters"
-        if "\0" in text:
-            return f"a NUL character in the {key}"
-        if not text.isascii() and re.search("[\ud800-\udfff]", text):  # "\\ud800" in JSON
-            return f"half a surrogate pair in the {key}"
+        if fault := text_fault(row[names[key]], key):
+            return fault
     instruction, response = row[names["instruction"]], row[names["response"]]
     if strip_annotations:
         response = re.sub(r"<<[^<>]*>>", "", response)
