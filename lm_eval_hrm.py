@@ -27,6 +27,7 @@ from tokenizer import encode_prompt, special_id
 try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as e:
     sys.exit(f"lm_eval_hrm.py needs the package lm-eval (pip install lm-eval): {e}")
 
@@ -130,14 +131,13 @@ class HRMForHarness(LM):
         """The texts that continue the contexts, up to eoa, a stop string of the request, or max_gen_toks."""
         groups, answers = {}, [""] * len(requests)
         for i, request in enumerate(requests):
-            options = dict(request.args[1])
-            until = options.pop("until", None) or []
-            until = [text.encode() for text in ([until] if isinstance(until, str) else until) if text]
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            until = [text.encode() for text in options.pop("until") if text]
             groups.setdefault(json.dumps(options, sort_keys=True), []).append((i, until))
         for options, members in groups.items():
             options, new = json.loads(options), [b"" for _ in members]
-            most, sampled = options.pop("max_gen_toks", self.max_gen_toks), options.pop("do_sample", None)
-            temperature = options.pop("temperature", 1.0 if sampled else 0.0) * (sampled is not False)
+            most, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
+            temperature = options.pop("temperature", 1.0 if sampled else 0.0)
             top_k, top_p = options.pop("top_k", None), options.pop("top_p", None)
             if options:
                 print(f"the model hrm generates without {', '.join(options)}")

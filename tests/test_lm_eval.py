@@ -13,7 +13,7 @@ from tokenizer import encode_prompt, make_encoding, special_id
 
 pytest.importorskip("lm_eval")
 
-import lm_eval  # noqa: E402
+import lm_eval.tasks  # noqa: E402
 
 from lm_eval_hrm import HRMForHarness  # noqa: E402
 
