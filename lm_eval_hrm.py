@@ -150,7 +150,7 @@ class HRMForHarness(LM):
                 new[k] += token
                 return any(text in new[k][-len(text) - len(token) :] for text in members[k][1])
 
-            options = temperature, top_k, top_p, special_id(self.encoding, "eoa"), None, slots, is_end
+            options = temperature, top_k, top_p, special_id(self.encoding, "eoa"), torch.initial_seed(), slots, is_end
             with tqdm(total=len(members), desc="generation", unit=" answers", disable=disable_tqdm) as bar:
                 for events in stream(self.model, prompts, most, *options):
                     bar.update(sum(id is None for _, id in events))

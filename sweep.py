@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from common import errors_name_file, replace_file
-from ranks import print0
+from ranks import master, print0
 
 KINDS = {"guidance": float, "H_cycles": int, "L_cycles": int}
 
@@ -28,8 +28,8 @@ def run_sweep(sweep, out_dir, evaluate):
         lines.append([task, *(f"{result[task]['accuracy']:.2%}" for result in results.values())])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print0(table)
-    for path, text in ("sweep.md", table), ("sweep.json", json.dumps({name: results}, indent=1) + "\n"):
-        path = Path(out_dir, path)
+    files = {"sweep.md": table, "sweep.json": json.dumps({name: results}, indent=1) + "\n"}
+    for path, text in ((Path(out_dir, file), text) for file, text in files.items() if master):
         with errors_name_file(path, "could not be written"):
             replace_file(path, text.encode())
         print0(f"written to {path}")
