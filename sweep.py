@@ -23,13 +23,15 @@ def run_sweep(sweep, out_dir, evaluate):
     for text, value in values.items():
         print0(f"--- {name} = {text}")
         results[text] = evaluate(**{name: value, "out_dir": str(Path(out_dir, f"{name}={text}"))})
+    if not master:  # the first rank alone has all results
+        return
     lines = [["task", *(f"{name} = {text}" for text in values)], ["---", *["---:"] * len(values)]]
     for task in results[text]:
         lines.append([task, *(f"{result[task]['accuracy']:.2%}" for result in results.values())])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print0(table)
-    files = {"sweep.md": table, "sweep.json": json.dumps({name: results}, indent=1) + "\n"}
-    for path, text in ((Path(out_dir, file), text) for file, text in files.items() if master):
+    for file, text in ("sweep.md", table), ("sweep.json", json.dumps({name: results}, indent=1) + "\n"):
+        path = Path(out_dir, file)
         with errors_name_file(path, "could not be written"):
             replace_file(path, text.encode())
         print0(f"written to {path}")

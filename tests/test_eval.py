@@ -242,31 +242,6 @@ def test_results_are_written_whole_or_not_at_all(main, tmp_path, monkeypatch, ca
     assert len(tmp_path.joinpath("out", "generations-quiz.jsonl").read_text().splitlines()) == 9
 
 
-def test_a_sweep_runs_all_tasks_for_each_value(main, tmp_path, monkeypatch, capsys):
-    """Each in a directory of its own, and with the model of the first."""
-    loaded, load = [], evaluation.load_for_inference
-    monkeypatch.setattr(evaluation, "load_for_inference", lambda *args: loaded.append(args) or load(*args))
-    kept = dict(evaluation.settings)
-    main(sweep="")
-    sweep = evaluation.partial(evaluation.main_with, sweep="", init_from="out")
-    try:
-        evaluation.run_sweep("guidance=-.5,0,1e0,0.0", "out", sweep)
-    finally:
-        evaluation.settings.update(kept)
-        vars(evaluation).update(kept)
-    assert [str(args[0]) for args in loaded[1:]] == ["out"] * 3 and [args[-1] for args in loaded[1:]] == [-0.5, 0, 1]
-    table = "| task | guidance = -0.5 | guidance = 0 | guidance = 1 |\n| --- | ---: | ---: | ---: |\n"
-    table += "| quiz | 100.00% | 100.00% | 100.00% |\n"
-    assert table in capsys.readouterr().out and tmp_path.joinpath("out", "sweep.md").read_text() == table
-    results = json.loads(tmp_path.joinpath("out", "sweep.json").read_text())["guidance"]
-    for value in "-0.5", "0", "1":
-        result = json.loads(tmp_path.joinpath("out", f"guidance={value}", "eval.json").read_text())
-        assert result["settings"]["guidance"] == float(value) and result["tasks"].keys() == results[value].keys()
-    for wrong in "guidance", "guidance=", "=1", "depth=1", "H_cycles=1.5", "L_cycles=2;3", "guidance=0,,1":
-        with pytest.raises(ValueError, match="--sweep is one of guidance, H_cycles, L_cycles, then = and numbers"):
-            evaluation.run_sweep(wrong, "out", None)
-
-
 def test_settings_that_cannot_be(main, monkeypatch):
     monkeypatch.setattr(evaluation, "load_for_inference", None)  # refused before the model is loaded
     for key, value, least in ("limit", -1, 0), ("batch_size", 0, 1), ("max_new_tokens", -5, 0), ("cache_gb", -1.0, 0):
