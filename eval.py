@@ -4,6 +4,7 @@
     python eval.py --out_dir=out-gsm8k --tasks=gsm8k --limit=100     # GSM8K's test set, from the hub
     python eval.py --tasks=gsm8k,problems --gsm8k_source=test.jsonl --save_generations=True
     python eval.py --init_from=sapientinc/HRM-Text-1B --condition=synth,cot --tasks=gsm8k --out_dir=out-published
+    python eval.py --sweep=guidance=-0.5,-0.1,0,0.1,0.5              # or H_cycles, L_cycles: a table, task by value
 
 Prints a table and writes out_dir/eval.json; with save_generations also out_dir/generations-<task>.jsonl. A generation
 without an answer, or without a number where the reference is one, counts as wrong and is reported as invalid; one that
@@ -17,6 +18,7 @@ import json
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +27,7 @@ from common import errors_name_file, exit_on_error, local_directory, replace_fil
 from devices import free_memory
 from generate import cache_bytes_per_token, load_for_inference, stream
 from ranks import print0
+from sweep import run_sweep
 from tasks import TASKS
 from tokenizer import encode_prompt, special_id
 
@@ -43,6 +46,10 @@ save_generations = False  # every prompt, generation, reference and verdict, as 
 device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32, or bfloat16 (auto: where the device multiplies it)
 compile = False  # the blocks, with torch.compile: takes a while, then runs faster
+H_cycles = 0  # of the recurrence; 0: as many as the model was trained with
+L_cycles = 0
+guidance = 0.0  # w of auto-guidance: logits of the last H-step, and w times their difference from the step before
+sweep = ""  # "guidance=-0.5,-0.1,0,0.1,0.5", or so for H_cycles or L_cycles: all tasks once per value, and a table
 settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
@@ -108,7 +115,8 @@ def main():
     questions = {name: TASKS[name][0](**options)[: limit or None] for name in names}
     if empty := [name for name in names if not questions[name]]:
         raise ValueError(f"the task {empty[0]} has no questions")
-    model, encoding, tags = load_for_inference(source, average, device, dtype, compile, condition)
+    depth = H_cycles, L_cycles, guidance
+    model, encoding, tags = load_for_inference(source, average, device, dtype, compile, condition, *depth)
     table, generations, partial = {}, {}, ""
     for name, pairs in questions.items():
         results, speed = evaluate(name, pairs, *TASKS[name][1:], model, encoding, tags)
@@ -137,8 +145,19 @@ def main():
         with errors_name_file(path, "could not be written"):
             replace_file(path, text.encode())
         print0(f"written to {path}")
+    return table
+
+
+def main_with(**changes):
+    """main() with other settings."""
+    settings.update(changes)
+    globals().update(changes)
+    return main()
 
 
 if __name__ == "__main__":
     with exit_on_error("interrupted; nothing was written"):
-        main()
+        if sweep:
+            run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
+        else:
+            main()

@@ -8,6 +8,7 @@ On CUDA a decode step is a CUDA graph, since launching its kernels one by one ta
 import math
 import warnings
 from collections import deque
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attention import attend, cache_mask, flex_mask, padded_batches, see_up_to
 from common import local_directory, one_line
-from devices import choose_device, compiled, cpu_threads, upload
+from devices import choose_device, compiled, cpu_threads, free_memory, upload
 from model import HRM, output_and_mlp, project_gqkv, visible_keys
 from tokenizer import choose_condition, load_encoding
 
@@ -24,8 +25,11 @@ MAX_PREFILL_TOKENS = 2**14  # of prompts read at a time, so that their activatio
 CUDA_GRAPH_DEVICES = {"cuda"}
 
 
-def load_for_inference(name, average=True, device="auto", dtype="auto", compile=False, condition=""):
-    """The model of a run, a directory or a hub id, ready to generate, its Encoding, and the condition of prompts."""
+def load_for_inference(
+    name, average=True, device="auto", dtype="auto", compile=False, condition="", H_cycles=0, L_cycles=0, guidance=0.0
+):
+    """The model of a run, a directory or a hub id, ready to generate, its Encoding, and the condition of prompts.
+    H_cycles and L_cycles: of the recurrence, 0 for as many as it was trained with; guidance: its w, 0 for none."""
     device, dtype = choose_device(device, dtype)
     source = local_directory(name)
     model, encoding = HRM.from_pretrained(source, average).to(device, dtype), load_encoding(source)
@@ -33,8 +37,16 @@ def load_for_inference(name, average=True, device="auto", dtype="auto", compile=
         raise ValueError(f"{source}: the tokenizer has {encoding.n_vocab} ids and the model {model.config.vocab_size}")
     ban_ids_without_token(model, encoding)
     model.compute_dtype, model.compile_blocks = dtype, compile
-    condition = choose_condition(condition, source)
-    print(f"{name}, on {device}, {str(dtype).removeprefix('torch.')}; condition: {condition or 'none'}")
+    c = model.config
+    model.config = replace(c, H_cycles=H_cycles or c.H_cycles, L_cycles=L_cycles or c.L_cycles)
+    if not abs(guidance) <= 100:
+        raise ValueError(f"guidance must be from -100 to 100, not {guidance}")
+    if guidance and model.config.H_cycles < 2:
+        raise ValueError("guidance compares the last two H-steps, and with H_cycles=1 there is one")
+    model.guidance, condition = guidance, choose_condition(condition, source)
+    how = f"; H_cycles {model.config.H_cycles}, L_cycles {model.config.L_cycles}" if model.config != c else ""
+    how += f"; guidance {guidance:g}" if guidance else ""
+    print(f"{name}, on {device}, {str(dtype).removeprefix('torch.')}; condition: {condition or 'none'}{how}")
     return model, encoding, condition
 
 
@@ -50,13 +62,30 @@ def cache_bytes_per_token(model):
     return 2 * c.n_layer // 2 * c.n_steps * c.n_head * c.head_dim * model.compute_dtype.itemsize
 
 
+def slots_in_memory(model, longest, most, cache_gb=0.0):
+    """How many answers may be in work at a time: `most`, or as many as have room for the keys and values of `longest`
+    tokens each in cache_gb, or for 0 in half of the free memory; at least 1."""
+    size = cache_gb * 1e9 or free_memory(model.embed.device) / 2
+    return max(1, min(most, int(size / (cache_bytes_per_token(model) * max(longest, 1)))))
+
+
 @torch.inference_mode()
 def stream(
-    model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None, slots=None
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    stop_token=None,
+    seed=None,
+    slots=None,
+    is_end=None,
 ):
     """Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
     temperature 0 is greedy; top_k and top_p narrow the choice; seed makes sampling repeatable.
     At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
+    is_end(number of a prompt, its next id) is asked after each id whether the answer ends with it.
     Yields, step by step, a list of events (number of a prompt, its next id), where None for an id says that the answer
     is complete. The stop_token is no event; a document ends at block_size at the latest. Raises ValueError."""
     if not (temperature >= 0 and 0 <= (top_p or 0) <= 1) or min(top_k or 0, max_new_tokens, slots or 0) < 0:
@@ -93,7 +122,7 @@ def stream(
             n_generated[i] += 1
             if ids[slot] != stop_token:
                 events.append((i, ids[slot]))
-            if ids[slot] == stop_token or n_generated[i] == limits[i]:
+            if ids[slot] == stop_token or (is_end and is_end(i, ids[slot])) or n_generated[i] == limits[i]:
                 events.append((i, None))
                 in_slot[slot] = None
         yield events
@@ -151,8 +180,9 @@ def take_engine(model, n_slots, max_len, choose):
 
 def made_for(model, n_slots):
     """What an engine serves alone: so many slots, and a model with its weights in the same places."""
-    places = [p.data_ptr() for p in model.parameters()]
-    return n_slots, model.compute_dtype, model.compile_blocks, model.uses_flex(), places
+    places, c = [p.data_ptr() for p in model.parameters()], model.config
+    how = c.H_cycles, c.L_cycles, model.guidance, model.compute_dtype, model.compile_blocks, model.uses_flex()
+    return n_slots, how, places
 
 
 class Engine:

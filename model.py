@@ -230,6 +230,7 @@ class HRM(nn.Module):
         self.lm_head = random_weight(config.vocab_size, config.n_embd)
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.set_compute()
+        self.guidance = 0.0  # w of auto-guidance, which recurrence() applies
         self.engine = None  # of generation, which keeps its CUDA graphs
         self.banned_ids = None  # a tensor of the ids that generation never yields: those without a token
 
@@ -258,7 +259,10 @@ class HRM(nn.Module):
 
         run_block(x, block_weights, cos, sin) applies one block. With bp_steps = K, the last min(H_cycles, K - 1)
         H-steps and the last L-steps, up to K in all, carry gradient, and the earlier ones run without (the paper's
-        deep credit assignment); None: all carry gradient."""
+        deep credit assignment); None: all carry gradient.
+
+        Auto-guidance (the paper's) gives (1 + w) z_H - w z_H of the H-step before: as the head is linear, the logits
+        are then combined just so."""
         config = self.config
         K = config.n_steps if bp_steps is None else bp_steps
         if not 2 <= K <= config.n_steps:
@@ -286,16 +290,17 @@ class HRM(nn.Module):
         for h in range(config.H_cycles):
             for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
                 z_L = apply_stack(weights.L, z_L, z_H, l >= first_L)
-            z_H = apply_stack(weights.H, z_H, z_L, h >= first_H)
-        return z_H
+            before, z_H = z_H, apply_stack(weights.H, z_H, z_L, h >= first_H)
+        return torch.lerp(before, z_H, 1 + self.guidance) if self.guidance else z_H
 
-    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None, weights=None):
+    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None, weights=None, at=None):
         """idx, targets: (B, T) int64, targets IGNORE where there is no loss; doc: (B, T) int, each token's document,
         -1 for padding (None: a row is one document); prefix: (B, T) bool, from a document's start (None: all causal).
         All are best in host memory: nothing here then waits for the device. weights: self.cast_weights(), if several
-        micro-batches share them. This pass computes the head's gradient too, unless under torch.no_grad().
-        Returns (logits (B, T, vocab_size) fp32, None) without targets, else (None, mean loss over targets); then
-        self.n_correct is the number of targets predicted, on the device.
+        micro-batches share them. This pass computes the head's gradient too, unless under torch.no_grad(). at: (N,)
+        int64, positions in the flattened rows whose logits are wanted, where there are no targets (None: all).
+        Returns (logits (B, T, vocab_size), or (N, vocab_size), fp32, None) without targets, else (None, mean loss over
+        targets); then self.n_correct is the number of targets predicted, on the device.
         Raises ValueError if T exceeds block_size or bp_steps is out of range."""
         T = idx.size(1)
         if T > self.config.block_size:
@@ -318,6 +323,7 @@ class HRM(nn.Module):
             run_block = partial(checkpoint, run_block, use_reentrant=False)
         h = self.recurrence(upload(idx, device), pos, weights, run_block, bp_steps)
         if targets is None:
+            h = h if at is None else h.flatten(0, 1).index_select(0, upload(at, device))
             return F.linear(h, weights.lm_head).float(), None
         at = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # logits of targets only
         h, targets = h.flatten(0, 1).index_select(0, upload(at, device)), upload(targets.flatten()[at], device)

@@ -49,8 +49,9 @@ def close(a, b, tolerance=1e-5):
     return ((a - b).abs().max() / b.abs().max()).item() < tolerance
 
 
-def plain_logits(model, ids, n_prefix, bp_steps=8):
-    """Logits (T, vocab_size) of one document from the model's weights alone: loops, one dense mask, explicit detach."""
+def plain_logits(model, ids, n_prefix, bp_steps=None, earlier=False):
+    """Logits (T, vocab_size) of one document from the model's weights alone: loops, one dense mask, explicit detach.
+    earlier: those of z_H before the last H-step."""
     c, T, dim = model.config, len(ids), model.config.n_embd // model.config.n_head
     place = torch.arange(T)
     visible = place[None, :] <= place[:, None]
@@ -83,8 +84,9 @@ def plain_logits(model, ids, n_prefix, bp_steps=8):
             x = block(x, b)
         return rms(x)
 
-    H_grad = min(c.H_cycles, bp_steps - 1)
-    L_grad = bp_steps - H_grad
+    K = bp_steps or c.n_steps
+    H_grad = min(c.H_cycles, K - 1)
+    L_grad = K - H_grad
     H_left, L_left = c.H_cycles, c.H_cycles * c.L_cycles
     z_H, z_L = model.embed[ids] * c.n_embd**0.5, model.z_L_init.expand(T, -1)
     while H_left:
@@ -92,10 +94,10 @@ def plain_logits(model, ids, n_prefix, bp_steps=8):
             z_L = stack(z_L + z_H, model.L)
             z_L = z_L if L_left <= L_grad else z_L.detach()
             L_left -= 1
-        z_H = stack(z_H + z_L, model.H)
+        before, z_H = z_H, stack(z_H + z_L, model.H)
         z_H = z_H if H_left <= H_grad else z_H.detach()
         H_left -= 1
-    return z_H @ model.lm_head.T
+    return (before if earlier else z_H) @ model.lm_head.T
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,14 @@ CASES |= {  # settings that cannot be
         ("data.py --dataset=x --source=data", "named after the split 'train'"),
         ("data.py --dataset=x --source=nowhere.jsonl", "there is no file nowhere.jsonl"),
         ("sample.py --out_dir=nowhere", "there is no directory nowhere"),
+        ("sample.py --jsonl=nowhere.txt --save=new.jsonl", "nowhere.txt: No such file"),
+        ("sample.py --guidance=101.0", "guidance must be from -100 to 100, not 101.0"),
+        ("sample.py --guidance=0.5 --H_cycles=1", "guidance compares the last two H-steps, and with H_cycles=1 there"),
+        ("sample.py --L_cycles=-1", "L_cycles of a model must be 1 to"),
+        ("eval.py --tasks=problems --H_cycles=9999", "blocks follow each other in this model, and 10,000 may"),
+        ("eval.py --sweep=guidance", "--sweep is one of guidance, H_cycles, L_cycles, then = and numbers"),
+        ("eval.py --sweep=depth=1,2", "--sweep is one of guidance, H_cycles, L_cycles, then = and numbers"),
+        ("eval.py --sweep=H_cycles=1,,2", "such as guidance=-0.5,0,0.5, and not H_cycles=1,,2"),
         ("eval.py --out_dir=nowhere", "there is no directory nowhere"),
     )
 }

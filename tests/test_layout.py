@@ -9,9 +9,10 @@ from importlib.machinery import all_suffixes
 from scripts import ENV, ROOT, TINY, run
 
 ROOMS = "configurator common devices attention model optim tokenizer generate hf ranks checkpoint report plot".split()
-ROOMS += "sources loader data scorers tasks train sample eval bench checks isolate bench_gpu".split()
+ROOMS += "sources loader data scorers tasks train sample evaluate results sweep eval bench lm_eval_hrm".split()
+ROOMS += "checks isolate bench_gpu".split()
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
-EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb math_verify".split()
+EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb math_verify lm_eval".split()
 
 
 def project_imports(nodes):
@@ -51,7 +52,7 @@ import sys
 sys.argv = ["x", "--nonsense=1"]
 import data, plot
 assert "torch" not in sys.modules
-import {", ".join(ROOMS)}
+import {", ".join(ROOMS[:-1])}
 import torch
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 print(*sys.modules)

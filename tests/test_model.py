@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -390,6 +391,88 @@ def test_sampling_follows_its_seed_and_its_limits():
     for options in dict(temperature=math.nan), dict(top_p=math.nan), dict(temperature=-math.inf), dict(top_k=-1):
         with pytest.raises(ValueError, match="temperature, top_k"):
             model.generate(prompt, 1, **options)
+
+
+# ----------------------------------------------------------------------------------------------------
+# depth and guidance
+
+
+def guided(model, ids, n_prefix):
+    w = model.guidance
+    return (1 + w) * plain_logits(model, ids, n_prefix) - w * plain_logits(model, ids, n_prefix, earlier=True)
+
+
+@pytest.mark.parametrize("H_cycles, w", [(2, 0.5), (2, -0.5), (2, -1.0), (3, 2.0)])
+def test_guidance_combines_the_logits_of_the_last_two_H_steps(H_cycles, w, monkeypatch):
+    """In packed rows, the loss, prefill and decoding, by CUDA graphs too."""
+    model, docs = tiny_model(H_cycles=H_cycles), documents()
+    idx, targets, doc, prefix = pack(docs, 64)
+    plain, _ = model(idx, doc=doc, prefix=prefix)
+    model.guidance = w
+    with torch.no_grad():
+        logits, _ = model(idx, doc=doc, prefix=prefix)
+        want = torch.cat([guided(model, ids[:-1], p) for ids, p in docs])
+        assert close(logits[doc >= 0], want) and not close(plain[doc >= 0], want, 1e-2)
+        _, loss = model(idx, targets, doc, prefix)
+        assert close(loss, F.cross_entropy(want, targets[doc >= 0]))
+    prompts = [ids[:p].tolist() for ids, p in docs]
+    new = model.generate(prompts, 12)
+    for prompt, continuation in zip(prompts, new):
+        for k, id in enumerate(continuation):
+            assert guided(model, torch.tensor(prompt + continuation[:k]), len(prompt))[-1].argmax() == id
+    monkeypatch.setattr("generate.CUDA_GRAPH_DEVICES", {"cpu"})
+    steps = []
+
+    def operations(function, pool):
+        play, result = make_fx(lambda: function())(), function()
+        steps.append(model.guidance)
+        return result, SimpleNamespace(replay=lambda: result.copy_(play()), pool=lambda: "pool")
+
+    monkeypatch.setattr("generate.capture_cuda_graph", operations)
+    assert model.generate(prompts, 12) == new
+    model.guidance = 0.0  # its graphs are others
+    assert model.generate(prompts, 12) != new and steps == [w, 0.0]
+
+
+def test_sampling_with_guidance_follows_its_seed():
+    model, prompts = tiny_model(), [[7, 8, 9]] * 50
+    options = dict(temperature=1.0, seed=5)
+    without, model.guidance = model.generate(prompts, 4, **options), 1.5
+    new = model.generate(prompts, 4, **options)
+    assert new == model.generate(prompts, 4, **options) != without
+    p = guided(model, torch.tensor([7, 8, 9]), 3)[-1].argsort(descending=True).tolist()
+    assert {ids[0] for ids in model.generate(prompts, 1, top_k=3, **options)} <= set(p[:3])
+
+
+def test_other_cycles_than_trained_are_those_of_the_same_weights():
+    model, other = tiny_model(), tiny_model(H_cycles=3, L_cycles=1)
+    prompts = [ids[:p].tolist() for ids, p in documents()]
+    as_trained = model.generate(prompts, 9)
+    model.config = replace(model.config, H_cycles=3, L_cycles=1)
+    assert model.generate(prompts, 9) == other.generate(prompts, 9) != as_trained
+
+
+def test_logits_of_some_positions_alone():
+    model = tiny_model()
+    idx, _, doc, prefix = pack(documents(), 64)
+    at = torch.tensor([3, 40, 3])
+    logits, _ = model(idx, doc=doc, prefix=prefix)
+    assert close(model(idx, doc=doc, prefix=prefix, at=at)[0], logits[0, at])
+
+
+def test_an_answer_may_end_by_what_it_holds():
+    model, prompts = tiny_model(), [ids.tolist() for ids, _ in documents(((5, 0), (1, 0), (23, 0)))]
+    free = model.generate(prompts, 12)
+    ends = {(i, new[3 + i]) for i, new in enumerate(free)}
+    seen = []
+
+    def is_end(i, id):
+        seen.append((i, id))
+        return (i, id) in ends
+
+    new = model.generate(prompts, 12, slots=2, is_end=is_end)
+    assert new == [ids[: ids.index(ids[3 + i]) + 1] for i, ids in enumerate(free)]
+    assert sorted(seen) == sorted((i, id) for i, ids in enumerate(new) for id in ids)
 
 
 # ----------------------------------------------------------------------------------------------------
