@@ -6,6 +6,7 @@ On CUDA a decode step is a CUDA graph, since launching its kernels one by one ta
 """
 
 import math
+import random
 import warnings
 from collections import deque
 from functools import partial
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attention import attend, cache_mask, flex_mask, padded_batches, see_up_to
 from common import local_directory, one_line
-from devices import choose_device, compiled, cpu_threads, upload
+from devices import choose_device, compiled, cpu_threads, free_memory, upload
 from model import HRM, output_and_mlp, project_gqkv, visible_keys
 from tokenizer import choose_condition, load_encoding
 
@@ -50,27 +51,45 @@ def cache_bytes_per_token(model):
     return 2 * c.n_layer // 2 * c.n_steps * c.n_head * c.head_dim * model.compute_dtype.itemsize
 
 
+def slots_in_memory(model, longest, most, cache_gb=0.0):
+    """How many answers may be in work at a time: `most`, or as many as have room for the keys and values of `longest`
+    tokens each in cache_gb, or for 0 in half of the free memory; at least 1."""
+    size = cache_gb * 1e9 or free_memory(model.embed.device) / 2
+    return max(1, min(most, int(size / (cache_bytes_per_token(model) * max(longest, 1)))))
+
+
 @torch.inference_mode()
 def stream(
     model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop_token=None, seed=None, slots=None
 ):
     """Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
-    temperature 0 is greedy; top_k and top_p narrow the choice; seed makes sampling repeatable.
+    max_new_tokens is one number, or a list of one per prompt. temperature 0 is greedy; top_k and top_p narrow the
+    choice; seed makes sampling repeatable. Each prompt draws from a generator of its own, of this seed and its place,
+    or of its own seed if `seed` is a list, so that its answer is the same whatever is beside it.
     At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
     Yields, step by step, a list of events (number of a prompt, its next id), where None for an id says that the answer
     is complete. The stop_token is no event; a document ends at block_size at the latest. Raises ValueError."""
-    if not (temperature >= 0 and 0 <= (top_p or 0) <= 1) or min(top_k or 0, max_new_tokens, slots or 0) < 0:
+    most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+    if not (temperature >= 0 and 0 <= (top_p or 0) <= 1) or min(top_k or 0, slots or 0, *most) < 0:
         raise ValueError("temperature, top_k, max_new_tokens and slots must be at least 0, and top_p from 0 to 1")
     block_size, sizes = model.config.block_size, [len(p) for p in prompts]
     for n in sizes:
         if not 0 < n <= block_size:
             raise ValueError(f"a prompt must have 1 to block_size = {block_size} tokens; one has {n}")
-    limits = [min(max_new_tokens, block_size + 1 - n) for n in sizes]  # a row of T tokens predicts one more
+    limits = [min(m, block_size + 1 - n) for m, n in zip(most, sizes)]  # a row of T tokens predicts one more
     n_slots = min(slots or len(prompts), len(prompts))
-    generator = None if seed is None else torch.Generator(model.embed.device).manual_seed(seed % 2**63)
-    choose = partial(choose_ids, model.banned_ids, temperature, top_k, top_p, generator)
+    seeds = seed if isinstance(seed, list) else [seed if seed is None else f"{seed} {i}" for i in range(len(prompts))]
+    draw = [random.Random(s).random for s in seeds] if temperature else []
+
+    def choose(logits):
+        """Of the prompts `rows`, whose logits these are."""
+        uniform = [0.0 if i is None else draw[i]() for i in rows] if temperature else None
+        return choose_ids(model.banned_ids, temperature, top_k, top_p, uniform, logits)
+
     engine = take_engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
-    waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
+    # What may take longest comes first, so that few slots stay empty at the end.
+    order = sorted(range(len(prompts)), key=lambda i: (-limits[i], -sizes[i]))
+    waiting = deque(i for i in order if limits[i] > 0)
     in_slot, n_generated = [None] * n_slots, [0] * len(prompts)
     while waiting or any(i is not None for i in in_slot):
         cpu_threads().adapt(model.embed.device)
@@ -81,8 +100,10 @@ def stream(
                 active.append(free.pop(0))
                 in_slot[active[-1]] = waiting.popleft()
                 n_tokens += sizes[in_slot[active[-1]]]
-            engine.prefill([prompts[in_slot[slot]] for slot in active], active)
+            rows = [in_slot[slot] for slot in active]
+            engine.prefill([prompts[i] for i in rows], active)
         else:
+            rows = in_slot
             active = [slot for slot, i in enumerate(in_slot) if i is not None]
             engine.decode(max(sizes[in_slot[slot]] + n_generated[in_slot[slot]] for slot in active))
         events, ids = [], engine.ids.tolist()
@@ -111,8 +132,9 @@ def generate(model, prompts, max_new_tokens, **options):
     return new
 
 
-def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
-    """The next ids (B,) from logits (B, vocab_size), none of banned_ids; -1 where the logits are not finite."""
+def choose_ids(banned_ids, temperature, top_k, top_p, uniform, logits):
+    """The next ids (B,) from logits (B, vocab_size), none of banned_ids; -1 where the logits are not finite. uniform: B
+    random numbers from 0 to 1, unless temperature is 0."""
     if banned_ids is not None:
         logits.index_fill_(-1, banned_ids, -math.inf)
     logits = logits if temperature == 0 else logits.float()
@@ -127,7 +149,9 @@ def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
         p = ordered.softmax(-1)
         ordered[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = -math.inf  # the ids before it already have top_p
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    ids = torch.multinomial(logits.softmax(-1).nan_to_num(1), 1, generator=generator).squeeze(1)
+    cumulative = logits.softmax(-1).nan_to_num(1).cumsum(-1)
+    below_1 = upload(torch.tensor(uniform).clamp(max=1 - 2**-24), logits.device)  # else fp32 rounds some to 1
+    ids = torch.searchsorted(cumulative, below_1[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     return ids.where(largest.isfinite(), -1)
 
 

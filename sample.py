@@ -61,7 +61,7 @@ def main():
     prompts = [encode_prompt(encoding, instruction, tags) for instruction in instructions]
     if not prompt and not interactive:
         try:
-            prompts = [ids for ids, _ in heldout(Path(name), 3) if len(ids) <= model.config.block_size]
+            prompts = [q.prompt for q in heldout(Path(name), 3) if len(q.prompt) <= model.config.block_size]
         except (ValueError, OSError):  # a model in the Hugging Face layout, say
             prompts = [encode_prompt(encoding, row["instruction"], tags) for row in word_problems("val", 3, seed)]
     for ids in () if interactive else prompts:

@@ -8,6 +8,7 @@ score(generation, reference) -> "right", "wrong" or "invalid"; an empty generati
 import re
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,28 @@ from sources import read_rows, to_pair, word_problems
 from tokenizer import check_file, load_encoding, read_meta, special_id
 
 N_HELDOUT = 1000  # documents, unless --limit says otherwise
+
+
+class Question(NamedTuple):
+    row: int
+    prompt: object
+    truth: object
+    shots: tuple = ()
+    choices: tuple = ()
+    group: str = ""
+    texts: tuple = ()
+
+
+class Task(NamedTuple):
+    questions: object
+    score: object
+    condition: str = ""
+    context: int = 0
+    max_new_tokens: int = 0
+    samples: int = 1
+    temperature: float = 0.0
+    paper: tuple = ()
+    macro: bool = False
 
 
 # ---- questions ----
@@ -42,7 +65,7 @@ def heldout(source, limit, **_):
         for d in whole[np.arange(n) * len(whole) // max(n, 1)]:  # spread evenly
             found, n_prefix = document(*split, d)
             encoding.decode(found)  # raises where the tokenizer lacks an id
-            pairs.append((found[:n_prefix], encoding.decode(found[n_prefix:-1])))
+            pairs.append(Question(int(d), found[:n_prefix], encoding.decode(found[n_prefix:-1])))
     cut = f" ({len(ends) - len(whole):,} that data.py cut off are left out)" if len(whole) < len(ends) else ""
     if not pairs:
         sizes = "a larger --val_fraction" + " or --block_size" * bool(cut)
@@ -53,17 +76,18 @@ def heldout(source, limit, **_):
 
 def problems(**_):
     """Word problems with combinations of numbers that no training problem has: the demo's validation split."""
-    return [(row["instruction"], row["response"]) for row in word_problems("val", 1000, 1337)]
+    rows = enumerate(word_problems("val", 1000, 1337))
+    return [Question(i, row["instruction"], row["response"]) for i, row in rows]
 
 
-def gsm8k(gsm8k_source, **_):
+def gsm8k(data_dir="", **_):
     """The test set of grade-school mathematics (Cobbe et al. 2021)."""
     pairs = []
-    for where, row in read_rows(gsm8k_source, "main", "test"):
+    for where, row in read_rows(str(Path(data_dir, "gsm8k")) if data_dir else "openai/gsm8k", "main", "test"):
         pair = to_pair(row, {"instruction": "question", "response": "answer"})
         if isinstance(pair, str):
             raise ValueError(f"{where}: {pair}")
-        pairs.append(pair[:2])
+        pairs.append(Question(len(pairs), *pair[:2]))
     return pairs
 
 
@@ -113,8 +137,23 @@ def to_whole_number(text):
         return None
 
 
-TASKS = {  # name: (the questions, the most new tokens of an answer or 0: twice the longest reference's, the scorer)
-    "heldout": (heldout, 0, same_answer),
-    "problems": (problems, 64, same_answer),
-    "gsm8k": (gsm8k, 1024, same_whole_number),
+def scored(verdict_of):
+    def score(generation, question):
+        verdict = verdict_of(generation, question.truth)
+        return {"score": float(verdict == "right"), "invalid": verdict == "invalid"}
+
+    return score
+
+
+TASKS = {
+    "heldout": Task(heldout, scored(same_answer)),
+    "problems": Task(problems, scored(same_answer), max_new_tokens=64),
+    "gsm8k": Task(gsm8k, scored(same_whole_number), "synth,cot", 3072, 1024, paper=(84.53, 78.39)),
 }
+PAPER = "gsm8k math drop mmlu arc hellaswag winogrande boolq".split()
+
+
+def find_task(name):
+    if name not in TASKS:
+        raise ValueError(f"there is no task '{name}': --tasks names one or more of {', '.join(TASKS)}")
+    return TASKS[name]

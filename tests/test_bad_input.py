@@ -136,7 +136,7 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
         "c.py: there is no setting 'max_itres'; did you mean 'max_iters'?",
     ),
     "out_dir without rights": (f"{TRAIN} --out_dir=closed/out", nobody_may_write, "closed/out"),
-    "unknown task": ("eval.py --tasks=gsm9k", None, "problems, gsm8k, not 'gsm9k'"),
+    "unknown task": ("eval.py --tasks=gsm9k", None, "there is no task 'gsm9k'"),
     "checkpoint of another architecture": (f"{TRAIN} --init_from=resume", other_shape, "holds another model"),
     "checkpoint whose weights are not its configuration's": (
         "sample.py",

@@ -429,8 +429,8 @@ def use_data(place):
                 assert 0 <= batch.idx.min() and batch.idx.max() < meta["vocab_size"] == encoding.n_vocab
                 assert batch.targets.max() < meta["vocab_size"] and batch.n_targets == (batch.targets >= 0).sum()
     shutil.copy(directory / "meta.json", place / RUN)
-    for question, answer in heldout(place / RUN, 0):
-        assert isinstance(encoding.decode(question), str) and isinstance(answer, str)
+    for question in heldout(place / RUN, 0):
+        assert isinstance(encoding.decode(question.prompt), str) and isinstance(question.truth, str)
 
 
 def use_rows(place, source, skip_bad):

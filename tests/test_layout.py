@@ -9,7 +9,7 @@ from importlib.machinery import all_suffixes
 from scripts import ENV, ROOT, TINY, run
 
 ROOMS = "configurator common devices attention model optim tokenizer generate hf ranks checkpoint report plot".split()
-ROOMS += "sources loader data tasks train sample eval bench".split()
+ROOMS += "sources loader data scorers tasks train sample evaluate results eval bench".split()
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
 EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb".split()
 
