@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import check_types, errors_name_file
-from scorers import maj_at_k, pass_at_k
+from scorers import majority_at, pass_at
 
 LINE = "row sample group prompt generation truth cut over_long shortened tokens score invalid loglikelihoods".split()
 N_RESAMPLES = 10_000  # of the bootstrap
@@ -46,9 +46,8 @@ def figures_of(task, lines, tokens_per_sec):
     for key in sorted({key for line in lines for key in line} - {*LINE}):
         row["figures"][key] = mean_and_error([mean_of(q, key) for q in questions])
     for k in (k for k in (1, 10, 100) if 1 < len(lines) / max(len(questions), 1) and k <= min(map(len, questions))):
-        rights = [(len(q), sum(line["score"] == 1 for line in q)) for q in questions]
-        row["figures"][f"pass@{k}"] = mean_and_error([pass_at_k(n, c, k) for n, c in rights])
-        majorities = [maj_at_k([line["generation"] for line in q], q[0]["truth"], k) for q in questions]
+        row["figures"][f"pass@{k}"] = mean_and_error([pass_at(k, [line["score"] for line in q]) for q in questions])
+        majorities = [majority_at(k, [line["generation"] for line in q], q[0]["truth"]) for q in questions]
         row["figures"][f"maj@{k}"] = mean_and_error(majorities)
     for group in sorted({line["group"] for line in lines} - {""}):
         some = [line for line in lines if line["group"] == group]

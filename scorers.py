@@ -3,9 +3,9 @@
 import math
 
 
-def pass_at_k(n, c, k):
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+def pass_at(k, scores):
+    return 1 - math.comb(sum(score < 1 for score in scores), k) / math.comb(len(scores), k)
 
 
-def maj_at_k(answers, truth, k):
-    return float(truth in sorted({*answers}, key=lambda a: (-answers.count(a), a))[:k])
+def majority_at(k, generations, truth):
+    return float(truth in sorted({*generations}, key=lambda a: (-generations.count(a), a))[:k])
