@@ -123,22 +123,14 @@ def score_tasks():
 
 
 def main():
-    if compare:
-        if len(compare.split(",")) != 2:
-            raise ValueError(f"--compare=a,b names two directories, not '{compare}'")
-        return print(compare_runs(*compare.split(",")))
-    ranks.advice = "the same command goes on"
-    ranks.start("cpu")  # they exchange answers alone
-    if not ranks.master:
-        sys.stdout = open(os.devnull, "w")
+    """Evaluate, print and write. Returns the table."""
     with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
         table, lines, n_asked = score_tasks()
         n_answers = sum(map(len, lines.values()))
-        if ranks.master:
-            if n_answers < n_asked:
-                print0(f"partial: {n_answers:,} of {n_asked:,} answers; long prompts come first")
-            if table:
-                print0(terminal(table))
+        if n_answers < n_asked:
+            print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
+        if table:
+            print0(terminal(table))
         if n_answers < n_asked:
             ranks.shutdown(INTERRUPTED * ranks.master)
         if ranks.master:
@@ -149,10 +141,20 @@ def main():
                     replace_file(path, text.encode())
                 print0(f"written to {path}")
             finish(Path(out_dir), table, lines, save_generations)
-    if ranks.world_size > 1:
-        ranks.shutdown(status=0)
+    return table
 
 
 if __name__ == "__main__":
     with exit_on_error(INTERRUPTED):
-        main()
+        if compare:
+            if len(compare.split(",")) != 2:
+                raise ValueError(f"--compare=a,b names two directories, not '{compare}'")
+            print(compare_runs(*compare.split(",")))
+        else:
+            ranks.advice = "the same command goes on"
+            ranks.start("cpu")  # ranks exchange answers alone
+            if not ranks.master:
+                sys.stdout = open(os.devnull, "w")
+            main()
+            if ranks.world_size > 1:
+                ranks.shutdown(status=0)

@@ -359,7 +359,6 @@ def test_settings_that_cannot_be(main, monkeypatch):
         assert "there is no task '" in main(tasks=names)
     assert main(tasks="empty") == "the task empty has no questions"
     assert main(mcq="letter") == "mcq must be token or likelihood, not 'letter'"
-    assert main(compare="a") == "--compare=a,b names two directories, not 'a'"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -410,6 +409,10 @@ def test_two_runs_are_compared(tmp_path):
     assert row[:2] == ["quiz", "19"] and row[2:5] == ["63.16%", "94.74%", "+31.58%"]
     assert row[6:] == ["1", "7", f"{results.mcnemar(1, 7):.2g}", "McNemar"]
     assert text.count("better in a") == 1 and text.count("better in b") == 3 and "'of a'" in text
+    done = run(tmp_path, "eval.py", "--compare=a,b").stdout
+    assert done.splitlines()[2:] == text.splitlines()[2:]
+    for names, fault in ("a", "names two directories, not 'a'"), ("a,d", "d has no generations-*.jsonl: run eval.py"):
+        assert fault in run(tmp_path, "eval.py", f"--compare={names}", ok=False).stderr
     text = results.compare(a, save("b", [0.25] * 20))
     assert "bootstrap" in text and text.splitlines()[3].split()[4] == "-35.00%"
     equal = results.compare(a, a).splitlines()[3].split()
