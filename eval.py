@@ -1,48 +1,57 @@
-"""Exact-match accuracy of a trained model, by greedy generation with its averaged weights.
+"""Scores of a trained model on benchmarks, with its averaged weights.
 
     python eval.py                                                   # the model in out/, on held-out rows of its data
     python eval.py --out_dir=out-gsm8k --tasks=gsm8k --limit=100     # GSM8K's test set, from the hub
-    python eval.py --tasks=gsm8k,problems --gsm8k_source=test.jsonl --save_generations=True
-    python eval.py --init_from=sapientinc/HRM-Text-1B --condition=synth,cot --tasks=gsm8k --out_dir=out-published
+    python eval.py --tasks=arc,boolq --data_dir=DIR --save_generations=True     # local files: DIR/arc_challenge, ...
+    python eval.py --init_from=sapientinc/HRM-Text-1B --tasks=paper --out_dir=out-published    # the paper's table
+    torchrun --nproc_per_node=8 eval.py --tasks=paper                # questions shared among 8 GPUs
     python eval.py --sweep=guidance=-0.5,-0.1,0,0.1,0.5              # or H_cycles, L_cycles: a table, task by value
+    python eval.py --compare=out-a,out-b                             # paired, of two runs with --save_generations=True
 
-Prints a table and writes out_dir/eval.json; with save_generations also out_dir/generations-<task>.jsonl. A generation
-without an answer, or without a number where the reference is one, counts as wrong and is reported as invalid; one that
-reaches max_new_tokens or the end of the context is reported as cut off. Ctrl-C prints the table so far, and writes
-nothing.
+Prints a table and writes out_dir/eval.json and eval.md; with save_generations also out_dir/generations-<task>.jsonl. A
+generation without an answer is reported as invalid, one that reaches max_new_tokens or the end of the context as cut
+off. A prompt too long for the context loses its last shots, one by one, and is counted as shortened; one that is too
+long without any is counted as over-long, and wrong. Ctrl-C prints the table so far; answers are kept in out_dir as they
+come, and the same command goes on with the rest.
 """
 
 from configurator import configure
 
+import hashlib
 import json
-import time
-from collections import Counter
-from contextlib import suppress
+import os
+import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
+import ranks
+from checkpoint import checkpoints
 from common import errors_name_file, exit_on_error, local_directory, replace_file
-from devices import free_memory
-from generate import cache_bytes_per_token, load_for_inference, stream
+from evaluate import finish, plan, run
+from generate import load_for_inference
 from ranks import print0
+from results import compare as compare_runs
+from results import figures_of, markdown, terminal
 from sweep import run_sweep
-from tasks import TASKS
-from tokenizer import encode_prompt, special_id
+from tasks import PAPER, find_task
+from tokenizer import condition_tags, encode_prompt, fingerprint, read_meta
 
 # ---- settings ----
 out_dir = "out"  # of train.py; results go there too
 init_from = ""  # in place of its model, one in the Hugging Face layout: a directory or a hub id
-tasks = "heldout"  # of tasks.py, with commas between; heldout: validation documents of the model's own dataset
+tasks = "heldout"  # of tasks.py, with commas between; heldout: the model's own validation documents; paper: its eight
+data_dir = ""  # of local copies of the benchmarks, a directory for each; "": from the hub
 limit = 0  # questions per task; 0: all, but 1,000 of heldout
-condition = ""  # of the prompts, but for heldout: a tag, several, or none; "": what most training documents have
-gsm8k_source = "openai/gsm8k"  # on the hub, or a local copy: a .jsonl or .parquet file, or a directory
+condition = ""  # of the prompts, but for heldout: a tag, several, or none; "": the task's, if the model knows it
+mcq = "token"  # of choices with one-token answers: token (generate it) or likelihood (take the likeliest choice)
+samples = 0  # answers per question of tasks with a temperature, which are those of AIME; 0: the task's own
 batch_size = 128  # answers in work at a time; where one is complete, the next question takes its place
 max_new_tokens = 0  # per answer; 0: the task's own
 cache_gb = 0.0  # the batch is made smaller where its keys and values would take more; 0: half of the free memory
 average = True  # the weights' moving average; False: the weights themselves
-save_generations = False  # every prompt, generation, reference and verdict, as jsonl
+save_generations = False  # every prompt, generation, reference and score, as jsonl
+compare = ""  # two directories with a comma between: print how their saved generations differ, and do nothing else
 device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32, or bfloat16 (auto: where the device multiplies it)
 compile = False  # the blocks, with torch.compile: takes a while, then runs faster
@@ -50,101 +59,96 @@ H_cycles = 0  # of the recurrence; 0: as many as the model was trained with
 L_cycles = 0
 guidance = 0.0  # w of auto-guidance: logits of the last H-step, and w times their difference from the step before
 sweep = ""  # "guidance=-0.5,-0.1,0,0.1,0.5", or so for H_cycles or L_cycles: all tasks once per value, and a table
+seed = 1337  # of samples; those of a question are the same for the same seed
 settings = configure(globals())
+# Settings that change no answer, or that a file of answers names in another form.
+NO_MATTER = "out_dir init_from tasks data_dir limit condition samples batch_size max_new_tokens cache_gb".split()
+NO_MATTER += "save_generations compare sweep device dtype compile".split()
+INTERRUPTED = "interrupted; the same command goes on with what is left"
 # ----------------------------------------------------------------------------------------------------
 
 
-def evaluate(name, pairs, most_new, score, model, encoding, condition):
-    """Answer (question, reference) pairs, where a question is text, or the ids of a whole prompt. Returns a dict per
-    answer (prompt, generation, reference, verdict, and whether the generation was cut off), and the new tokens per
-    second. Ctrl-C ends it early, with fewer answers than pairs."""
-    prompts = [encode_prompt(encoding, q, condition) if isinstance(q, str) else q for q, _ in pairs]
-    most_new = max_new_tokens or most_new or 2 * max(len(encode_prompt(encoding, r)) for _, r in pairs)
-    block_size, bytes_per_token = model.config.block_size, cache_bytes_per_token(model)
-    limits = [min(most_new, block_size + 1 - len(prompt)) for prompt in prompts]
-    fits = [i for i, limit in enumerate(limits) if limit > 0]
-    longest = max((len(prompts[i]) + limits[i] for i in fits), default=1)
-    most = cache_gb * 1e9 or free_memory(model.embed.device) / 2
-    slots = max(1, int(min(batch_size, len(fits), most / (bytes_per_token * longest))))
-    print0(f"{name}: {slots} answers at a time; keys and values take {slots * bytes_per_token * longest / 1e9:.2f} GB")
-    if len(fits) < len(pairs):
-        print0(f"{name}: {len(pairs) - len(fits):,} prompts longer than block_size = {block_size:,} get no answer")
-    results = []
-    for question, reference in pairs:
-        prompt = question if isinstance(question, str) else encoding.decode(question)
-        results.append(dict(prompt=prompt, generation="", reference=reference, verdict=score("", reference), cut=False))
-    answers, left, counts, clock, begin = [[] for _ in pairs], {*fits}, Counter(), time.perf_counter(), None
-    with suppress(KeyboardInterrupt), tqdm(total=len(fits), desc=name, unit=" questions") as bar:
-        options = dict(stop_token=special_id(encoding, "eoa"), slots=slots)
-        for step, events in enumerate(stream(model, [prompts[i] for i in fits], most_new, **options)):
-            for i, id in ((fits[k], id) for k, id in events):
-                if id is not None:
-                    answers[i].append(id)
-                    continue
-                text, cut = encoding.decode(answers[i]), len(answers[i]) == limits[i]
-                results[i] |= dict(generation=text, verdict=score(text, pairs[i][1]), cut=cut)
-                left.remove(i)
-                counts.update(["done", results[i]["verdict"]] + ["cut"] * cut)
-                bar.set_postfix(accuracy=f"{counts['right'] / counts['done']:.1%}", refresh=False)
-                bar.update()
-                if counts["done"] == counts["cut"] == 16:
-                    advice = "--max_new_tokens=N makes them shorter, Ctrl-C shows the results so far"
-                    print0(f"{name}: the first 16 answers had no end and were cut off; {advice}")
-            counts["tokens"] += len(events)
-            if step == 1:  # what is compiled has been
-                begin, counts["tokens"] = time.perf_counter(), 0
-            elif begin and (seconds := time.perf_counter() - begin) > 5:
-                begin, speed = None, counts["tokens"] / seconds
-                minutes = sum(limits[i] - len(answers[i]) for i in left) / speed / 60
-                each = f"{len(left):,} answers of up to {max(limits):,} tokens at {speed:,.0f} tokens/s"
-                print0(f"{name}: at most {minutes:,.1f} minutes more, for {each}; less for those that end earlier")
-    results = [result for i, result in enumerate(results) if i not in left]
-    return results, sum(map(len, answers)) / (time.perf_counter() - clock)
+def check_settings():
+    """{the name that its files get: task}. Raises ValueError, in one sentence, for a setting that would fail later."""
+    for key, least in dict(limit=0, batch_size=1, max_new_tokens=0, samples=0, cache_gb=0).items():
+        if not settings[key] >= least:
+            raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
+    if mcq not in ("token", "likelihood"):
+        raise ValueError(f"mcq must be token or likelihood, not '{mcq}'")
+    asked = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = [name for some in asked for name in (PAPER if some == "paper" else [some])]
+    found = {Path(name).stem: find_task(name) for name in names or [""]}  # one may be that of a file
+    if len(found) < len({*names}):
+        raise ValueError(f"two of the tasks have the same name: {tasks}")
+    return found
+
+
+def fingerprint_of_model(source):
+    """A hash of the files that make the model."""
+    names = "config.json", "tokenizer.json", "tokenizer.tiktoken"
+    paths = [source / name for name in names if (source / name).is_file()] + sorted(source.glob("*.safetensors"))
+    prints = [fingerprint(path) for path in checkpoints(source)[:1] + paths]
+    return hashlib.sha256(" ".join(prints).encode()).hexdigest()[:16]
+
+
+def condition_of(name, task, source, own):
+    """The condition of a task's prompts: the setting's, else the task's, unless the model's training data had none
+    such; else that of most of those, which is `own`."""
+    asked = ",".join(condition_tags(task.condition))
+    if condition or not asked:
+        return own
+    if (source / "meta.json").exists() and asked not in read_meta(source)["splits"]["train"]["conditions"]:
+        print0(f"{name}: the model was not trained on the task's condition {asked}; asked with {own or 'none'}")
+        return own
+    return asked
+
+
+def score_tasks():
+    """Returns the table {task: figures}, its lines, and for how many answers were asked."""
+    chosen, source, directory = check_settings(), local_directory(init_from or out_dir), Path(out_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    options = dict(source=source, data_dir=data_dir, limit=limit)
+    questions = {name: task.questions(**options)[: limit or None] for name, task in chosen.items()}
+    if empty := [name for name in chosen if not questions[name]]:
+        raise ValueError(f"the task {empty[0]} has no questions")
+    how = average, device, dtype, compile, condition, H_cycles, L_cycles, guidance
+    model, encoding, own = load_for_inference(source, *how)
+    plans, abouts = {}, {}
+    common = {key: value for key, value in settings.items() if key not in NO_MATTER}
+    common |= dict(model=fingerprint_of_model(source), dtype=str(model.compute_dtype), device=model.embed.device.type)
+    common["scorers"] = [fingerprint(Path(__file__).with_name(f"{name}.py")) for name in ("tasks", "scorers")]
+    for name, task in chosen.items():
+        tags, most_new = condition_of(name, task, source, own), max_new_tokens or task.max_new_tokens
+        most_new = most_new or 2 * max(len(encode_prompt(encoding, str(q.truth))) for q in questions[name])
+        n_samples = (samples or task.samples) if task.temperature else 1
+        of_all = encoding, tags, model.config.block_size, most_new, n_samples, mcq
+        plans[name] = plan(name, task, questions[name], *of_all)
+        abouts[name] = common | dict(condition=tags, max_new_tokens=most_new, context=task.context)
+        abouts[name] |= dict(temperature=task.temperature)
+    lines, speeds = run(model, encoding, plans, abouts, directory, seed, mcq, batch_size, cache_gb)
+    table = {name: figures_of(task, lines[name], speeds[name]) for name, task in chosen.items() if lines[name]}
+    return table, lines, sum(map(len, plans.values()))
 
 
 def main():
-    for key, least in dict(limit=0, batch_size=1, max_new_tokens=0, cache_gb=0).items():
-        if not settings[key] >= least:
-            raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
-    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
-    if not names or not set(names) <= TASKS.keys():
-        raise ValueError(f"--tasks names one or more of {', '.join(TASKS)}, not '{tasks}'")
-    source = local_directory(init_from or out_dir)
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    options = dict(source=source, gsm8k_source=gsm8k_source, limit=limit)
-    questions = {name: TASKS[name][0](**options)[: limit or None] for name in names}
-    if empty := [name for name in names if not questions[name]]:
-        raise ValueError(f"the task {empty[0]} has no questions")
-    depth = H_cycles, L_cycles, guidance
-    model, encoding, tags = load_for_inference(source, average, device, dtype, compile, condition, *depth)
-    table, generations, partial = {}, {}, ""
-    for name, pairs in questions.items():
-        results, speed = evaluate(name, pairs, *TASKS[name][1:], model, encoding, tags)
-        n, verdicts = max(len(results), 1), [r["verdict"] for r in results]
-        table[name] = {"accuracy": verdicts.count("right") / n, "invalid": verdicts.count("invalid") / n}
-        table[name] |= {
-            "cut": sum(r["cut"] for r in results) / n,
-            "count": len(results),
-            "tokens_per_sec": round(speed),
-        }
-        generations[f"generations-{name}.jsonl"] = "".join(json.dumps(r) + "\n" for r in results)
-        if len(results) < len(pairs):
-            partial = f"{len(results):,} of {len(pairs):,} questions of {name}; short prompts and answers come first"
-            break
-    if partial:
-        print0(f"partial: {partial}")
-    print0(f"{'task':<12}{'accuracy':>10}{'invalid':>10}{'cut off':>10}{'count':>8}{'tokens/s':>10}")
-    for name, r in table.items():
-        shares = "".join(f"{r[key]:>10.2%}" for key in ("accuracy", "invalid", "cut"))
-        print0(f"{name:<12}{shares}{r['count']:>8,}{r['tokens_per_sec']:>10,.0f}")
-    if partial:
-        raise KeyboardInterrupt
-    files = {"eval.json": json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"}
-    for name, text in (files | generations if save_generations else files).items():
-        path = Path(out_dir, name)
-        with errors_name_file(path, "could not be written"):
-            replace_file(path, text.encode())
-        print0(f"written to {path}")
+    """Evaluate, print and write. Returns the table."""
+    with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
+        table, lines, n_asked = score_tasks()
+        n_answers = sum(map(len, lines.values()))
+        if n_answers < n_asked:
+            print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
+        if table:
+            print0(terminal(table))
+        if n_answers < n_asked:
+            ranks.shutdown(INTERRUPTED * ranks.master)
+        if ranks.master:
+            about = f"{init_from or out_dir}, `--tasks={tasks}`"
+            content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
+            for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
+                with errors_name_file(path := Path(out_dir, name), "could not be written"):
+                    replace_file(path, text.encode())
+                print0(f"written to {path}")
+            finish(Path(out_dir), table, lines, save_generations)
     return table
 
 
@@ -156,8 +160,19 @@ def main_with(**changes):
 
 
 if __name__ == "__main__":
-    with exit_on_error("interrupted; nothing was written"):
-        if sweep:
-            run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
+    with exit_on_error(INTERRUPTED):
+        if compare:
+            if len(compare.split(",")) != 2:
+                raise ValueError(f"--compare=a,b names two directories, not '{compare}'")
+            print(compare_runs(*compare.split(",")))
         else:
-            main()
+            ranks.advice = "the same command goes on"
+            ranks.start("cpu")  # ranks exchange answers alone
+            if not ranks.master:
+                sys.stdout = open(os.devnull, "w")
+            if sweep:
+                run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
+            else:
+                main()
+            if ranks.world_size > 1:
+                ranks.shutdown(status=0)

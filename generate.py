@@ -6,6 +6,7 @@ On CUDA a decode step is a CUDA graph, since launching its kernels one by one ta
 """
 
 import math
+import random
 import warnings
 from collections import deque
 from dataclasses import replace
@@ -83,23 +84,34 @@ def stream(
     is_end=None,
 ):
     """Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
-    temperature 0 is greedy; top_k and top_p narrow the choice; seed makes sampling repeatable.
+    max_new_tokens is one number, or a list of one per prompt. temperature 0 is greedy; top_k and top_p narrow the
+    choice; seed makes sampling repeatable. Each prompt draws from a generator of its own, of this seed and its place,
+    or of its own seed if `seed` is a list, so that its answer is the same whatever is beside it.
     At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
     is_end(number of a prompt, its next id) is asked after each id whether the answer ends with it.
     Yields, step by step, a list of events (number of a prompt, its next id), where None for an id says that the answer
     is complete. The stop_token is no event; a document ends at block_size at the latest. Raises ValueError."""
-    if not (temperature >= 0 and 0 <= (top_p or 0) <= 1) or min(top_k or 0, max_new_tokens, slots or 0) < 0:
+    most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+    if not (temperature >= 0 and 0 <= (top_p or 0) <= 1) or min(top_k or 0, slots or 0, *most) < 0:
         raise ValueError("temperature, top_k, max_new_tokens and slots must be at least 0, and top_p from 0 to 1")
     block_size, sizes = model.config.block_size, [len(p) for p in prompts]
     for n in sizes:
         if not 0 < n <= block_size:
             raise ValueError(f"a prompt must have 1 to block_size = {block_size} tokens; one has {n}")
-    limits = [min(max_new_tokens, block_size + 1 - n) for n in sizes]  # a row of T tokens predicts one more
+    limits = [min(m, block_size + 1 - n) for m, n in zip(most, sizes)]  # a row of T tokens predicts one more
     n_slots = min(slots or len(prompts), len(prompts))
-    generator = None if seed is None else torch.Generator(model.embed.device).manual_seed(seed % 2**63)
-    choose = partial(choose_ids, model.banned_ids, temperature, top_k, top_p, generator)
+    seeds = seed if isinstance(seed, list) else [seed if seed is None else f"{seed} {i}" for i in range(len(prompts))]
+    draw = [random.Random(s).random for s in seeds] if temperature else []
+
+    def choose(logits):
+        """Of the prompts `rows`, whose logits these are."""
+        uniform = [0.0 if i is None else draw[i]() for i in rows] if temperature else None
+        return choose_ids(model.banned_ids, temperature, top_k, top_p, uniform, logits)
+
     engine = take_engine(model, n_slots, max((n + limit - 1 for n, limit in zip(sizes, limits)), default=0), choose)
-    waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: sizes[i]))
+    # What may take longest comes first, so that few slots stay empty at the end.
+    order = sorted(range(len(prompts)), key=lambda i: (-limits[i], -sizes[i]))
+    waiting = deque(i for i in order if limits[i] > 0)
     in_slot, n_generated = [None] * n_slots, [0] * len(prompts)
     while waiting or any(i is not None for i in in_slot):
         cpu_threads().adapt(model.embed.device)
@@ -110,8 +122,10 @@ def stream(
                 active.append(free.pop(0))
                 in_slot[active[-1]] = waiting.popleft()
                 n_tokens += sizes[in_slot[active[-1]]]
-            engine.prefill([prompts[in_slot[slot]] for slot in active], active)
+            rows = [in_slot[slot] for slot in active]
+            engine.prefill([prompts[i] for i in rows], active)
         else:
+            rows = in_slot
             active = [slot for slot, i in enumerate(in_slot) if i is not None]
             engine.decode(max(sizes[in_slot[slot]] + n_generated[in_slot[slot]] for slot in active))
         events, ids = [], engine.ids.tolist()
@@ -140,8 +154,9 @@ def generate(model, prompts, max_new_tokens, **options):
     return new
 
 
-def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
-    """The next ids (B,) from logits (B, vocab_size), none of banned_ids; -1 where the logits are not finite."""
+def choose_ids(banned_ids, temperature, top_k, top_p, uniform, logits):
+    """The next ids (B,) from logits (B, vocab_size), none of banned_ids; -1 where the logits are not finite. uniform: B
+    random numbers from 0 to 1, unless temperature is 0."""
     if banned_ids is not None:
         logits.index_fill_(-1, banned_ids, -math.inf)
     logits = logits if temperature == 0 else logits.float()
@@ -156,7 +171,9 @@ def choose_ids(banned_ids, temperature, top_k, top_p, generator, logits):
         p = ordered.softmax(-1)
         ordered[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = -math.inf  # the ids before it already have top_p
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    ids = torch.multinomial(logits.softmax(-1).nan_to_num(1), 1, generator=generator).squeeze(1)
+    cumulative = logits.softmax(-1).nan_to_num(1).cumsum(-1)
+    below_1 = upload(torch.tensor(uniform).clamp(max=1 - 2**-24), logits.device)  # else fp32 rounds some to 1
+    ids = torch.searchsorted(cumulative, below_1[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     return ids.where(largest.isfinite(), -1)
 
 

@@ -22,6 +22,7 @@ master = rank == 0
 run_id = os.environ.get("TORCHELASTIC_RUN_ID")
 launch_id = run_id and f"{run_id} {socket.gethostname()} {os.getppid()}"  # the same when torchrun starts a run again
 cpu_group = None  # to agree without waiting for the device
+advice = "--init_from=resume goes on from the checkpoint"
 before_exit = []  # functions to call first, as the end of several ranks is abrupt
 
 
@@ -32,7 +33,7 @@ def rank_failure_guard():
         yield
     except RuntimeError as e:
         why = one_line(e).split(". ")[0]
-        shutdown(f"rank {rank} has lost another rank ({why}); --init_from=resume goes on from the checkpoint")
+        shutdown(f"rank {rank} has lost another rank ({why}); {advice}")
 
 
 @rank_failure_guard()

@@ -164,10 +164,11 @@ def test_sample_and_eval_use_the_checkpoint(workplace):
     shutil.rmtree(workplace / "data")  # out/ is enough for the others
     run(workplace, "eval.py", "--tasks=problems", "--save_generations=True", "--limit=7", "--max_new_tokens=8")
     rows = [json.loads(line) for line in (workplace / "out" / "generations-problems.jsonl").read_text().splitlines()]
-    assert len(rows) == 7 and all(r["verdict"] in ("right", "wrong", "invalid") for r in rows)
+    assert len(rows) == 7 and all(r["score"] in (0, 1) and not r["over_long"] for r in rows)
     questions = [{"question": "What is 3 + 4?", "answer": "3+4=<<3+4=7>>7\n#### 7"}] * 3
-    (workplace / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    shown = run(workplace, "eval.py", "--tasks=gsm8k", "--gsm8k_source=test.jsonl", "--max_new_tokens=8").stdout
+    (workplace / "gsm8k").mkdir()
+    (workplace / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    shown = run(workplace, "eval.py", "--tasks=gsm8k", "--data_dir=.", "--max_new_tokens=8").stdout
     assert "gsm8k" in shown and "invalid" in shown
     (workplace / "question.txt").write_text("How many?")
     sampled = [
