@@ -10,7 +10,7 @@
 With jsonl, each line of a file is a prompt, or, of a file named .jsonl, an object with "prompt" or "instruction" and
 perhaps "condition". An answer is a line of `save`, written as it is complete: the number of the prompt's row, from 0,
 prompt, answer, and whether it is finished or was cut off; "sample" is its number where num_samples is above 1.
-Ctrl-C keeps what is there, and the same command goes on; samples drawn then are others than without it.
+Ctrl-C keeps what is there, and the same command goes on, to the same answers.
 """
 
 from configurator import configure
@@ -118,7 +118,8 @@ def answer_file(model, encoding, tags, rows, done):
     limits = [min(max_new_tokens, block_size + 1 - len(ids[row])) for row, _ in todo]
     longest = max((len(ids[row]) + limit for (row, _), limit in zip(todo, limits)), default=1)
     slots, answers = slots_in_memory(model, longest, batch_size), [[] for _ in todo]
-    options = temperature, top_k, top_p, special_id(encoding, "eoa"), seed + len(done), slots
+    seeds = [f"{seed} {row} {sample}" for row, sample in todo]  # so that an answer is the same whatever is beside it
+    options = temperature, top_k, top_p, special_id(encoding, "eoa"), seeds, slots
     events = stream(model, [ids[row] for row, _ in todo], max_new_tokens, *options)
     with open(save, "a", encoding="utf-8") as file, tqdm(total=len(todo), unit=" answers") as bar:
         for i, id in (event for step in events for event in step):
