@@ -47,8 +47,9 @@ def figures_of(task, lines, tokens_per_sec):
         row["figures"][key] = mean_and_error([mean_of(q, key) for q in questions])
     for k in (k for k in (1, 10, 100) if 1 < len(lines) / max(len(questions), 1) and k <= min(map(len, questions))):
         row["figures"][f"pass@{k}"] = mean_and_error([pass_at(k, [line["score"] for line in q]) for q in questions])
-        majorities = [majority_at(k, [line["generation"] for line in q], q[0]["truth"]) for q in questions]
-        row["figures"][f"maj@{k}"] = mean_and_error(majorities)
+        if all(str(q[0]["truth"]).isdecimal() for q in questions):  # it is of whole numbers
+            majorities = [majority_at(k, [line["generation"] for line in q], q[0]["truth"]) for q in questions]
+            row["figures"][f"maj@{k}"] = mean_and_error(majorities)
     for group in sorted({line["group"] for line in lines} - {""}):
         some = [line for line in lines if line["group"] == group]
         score, error = mean_and_error([mean_of(q, "score") for q in by_question(some)])

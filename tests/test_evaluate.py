@@ -383,7 +383,9 @@ def test_figures_have_their_errors():
     lines = [line(i, float(s < i), "t" if s < i else f"{s}") | {"sample": s} for i in range(3) for s in range(20)]
     row = results.figures_of(FREE, lines, 0)
     assert row["count"] == 3 and row["accuracy"] == pytest.approx(0.05)
-    assert row["figures"].keys() == {"pass@1", "maj@1", "pass@10", "maj@10"}
+    assert row["figures"].keys() == {"pass@1", "pass@10"}  # the truth is no number, of which a majority could be taken
+    some = results.figures_of(FREE, [x | {"truth": 7, "generation": "7" if x["score"] else "8"} for x in lines], 0)
+    assert some["figures"]["maj@1"][0] == 0 and some["figures"]["maj@10"][0] == pytest.approx(2 / 3)
     assert row["figures"]["pass@1"] == pytest.approx([0.05, 0.05 / 3**0.5])
     assert row["figures"]["pass@10"][0] == pytest.approx((0 + 0.5 + 1 - 10 * 9 / (20 * 19)) / 3)
 
