@@ -117,7 +117,7 @@ def workplace(tmp_path, problems_dir):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=0, help="kills at random moments, per number of ranks (test_crash)")
-    parser.addoption("--fuzz", type=int, default=6, help="cases per fuzzed kind of input (test_fuzz)")
+    parser.addoption("--fuzz", type=int, default=4, help="cases per fuzzed kind of input (test_fuzz)")
 
 
 def pytest_configure(config):
@@ -126,4 +126,4 @@ def pytest_configure(config):
     cases, checks = config.getoption("--fuzz"), list(HealthCheck)
     settings.register_profile("fuzz", max_examples=cases, deadline=None, database=None, suppress_health_check=checks)
     settings.register_profile("suite", settings.get_profile("fuzz"), derandomize=True)  # the same cases every time
-    settings.load_profile("suite" if cases == 6 else "fuzz")
+    settings.load_profile("suite" if cases == 4 else "fuzz")

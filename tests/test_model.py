@@ -315,10 +315,10 @@ def test_decode_steps_can_be_graphs(monkeypatch):
     """Captured as a CUDA graph would be, as operations on the same memory without Python, they yield the same ids."""
     model = tiny_model(n_layer=2, block_size=128)
     prompts = [ids.tolist() for ids, _ in documents([(n, 0) for n in (3, 30, 9, 17, 5)])]
-    first, *others = model.generate(prompts, 80)
+    first, *others = model.generate(prompts, 45)
     stop = next(t for t in first if any(t not in new for new in others))
-    want, steps = model.generate(prompts, 80, stop_token=stop), []
-    assert len(want[0]) < 80 and max(map(len, want)) == 80
+    want, steps = model.generate(prompts, 45, stop_token=stop), []
+    assert len(want[0]) < 45 and max(map(len, want)) == 45
 
     def operations(function, pool):
         play, result = make_fx(lambda: function())(), function()
@@ -331,11 +331,11 @@ def test_decode_steps_can_be_graphs(monkeypatch):
     monkeypatch.setattr("generate.CUDA_GRAPH_DEVICES", {"cpu"})
     monkeypatch.setattr("generate.capture_cuda_graph", fails)
     with pytest.warns(UserWarning, match="without CUDA graphs: no memory"):
-        assert model.generate(prompts, 80, stop_token=stop) == want
+        assert model.generate(prompts, 45, stop_token=stop) == want
     monkeypatch.setattr("generate.capture_cuda_graph", operations)
     for slots in 2, 5, 5:
-        assert model.generate(prompts, 80, stop_token=stop, slots=slots) == want
-    assert steps == [None, *["pool"] * 3] * 2  # for 48, 64, 96 and 128 positions; the last call has those of before
+        assert model.generate(prompts, 45, stop_token=stop, slots=slots) == want
+    assert steps == [None, *["pool"] * 2] * 2  # for 48, 64 and 96 positions; the last call has those of before
     model.compute_dtype = torch.bfloat16  # whose weights are copies
     model.generate(prompts, 2, slots=5)
     with torch.no_grad():
