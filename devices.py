@@ -45,6 +45,7 @@ def cpu_multiplies_bf16():
 def free_memory(device):
     """Bytes that a device has free, of a CPU at most 16 GB, which is also the guess where the system does not tell."""
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # of memory that tensors of before have left to the allocator
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]

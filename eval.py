@@ -97,7 +97,8 @@ def condition_of(name, task, source, own):
     asked = ",".join(condition_tags(task.condition))
     if condition or not asked:
         return own
-    if (source / "meta.json").exists() and asked not in read_meta(source)["splits"]["train"]["conditions"]:
+    known = read_meta(source)["splits"]["train"]["conditions"] if (source / "meta.json").exists() else {asked: 1}
+    if asked not in {c.replace(" ", "") for c in known}:
         print0(f"{name}: the model was not trained on the task's condition {asked}; asked with {own or 'none'}")
         return own
     return asked
@@ -118,8 +119,10 @@ def score_tasks():
     common |= dict(model=fingerprint_of_model(source), dtype=str(model.compute_dtype), device=model.embed.device.type)
     common["scorers"] = [fingerprint(Path(__file__).with_name(f"{name}.py")) for name in ("tasks", "scorers")]
     for name, task in chosen.items():
-        tags, most_new = condition_of(name, task, source, own), max_new_tokens or task.max_new_tokens
-        most_new = most_new or 2 * max(len(encode_prompt(encoding, str(q.truth))) for q in questions[name])
+        tags, most_new = condition_of(name, task, source, own), task.max_new_tokens
+        if most_new != 1:
+            longest = max(len(encode_prompt(encoding, str(q.truth))) for q in questions[name])
+            most_new = max_new_tokens or most_new or 2 * longest
         n_samples = (samples or task.samples) if task.temperature else 1
         of_all = encoding, tags, model.config.block_size, most_new, n_samples, mcq
         plans[name] = plan(name, task, questions[name], *of_all)

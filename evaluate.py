@@ -1,7 +1,8 @@
 """The running of benchmarks: prompts that fit, one pass over the questions of all tasks, and answers kept as they come.
 
-    generations-<task>.jsonl         a line per answer (of rank 1 while it runs: generations-<task>.jsonl.1, and so on)
-    generations-<task>.json          the model and settings that these answers are of
+    answers-<task>.jsonl         a line per answer, until all are there (of rank 1: answers-<task>.jsonl.1, and so on)
+    answers-<task>.json          the model and settings that these answers are of
+    generations-<task>.jsonl     all answers, in the order of the rows, if they are to be saved
 
 A question of choices, whose answer is one token, needs no cache: many are read as packed rows, and the logits at eoq
 tell. All other questions, whatever their task, share the slots of the engine.
@@ -79,7 +80,7 @@ def read_kept(directory, name, jobs, about):
     """(the file that takes the answers to these jobs, {key: line} of those that an earlier run of the same `about` has
     left). Lines that are torn or of other questions are dropped; where only the scorers have changed, verdicts are
     given anew. Raises ValueError or OSError."""
-    path, header = directory / f"generations-{name}.jsonl", directory / f"generations-{name}.json"
+    path, header = directory / f"answers-{name}.jsonl", directory / f"answers-{name}.json"
     by_key, kept, again = {job.key: job for job in jobs}, {}, {}
     file = open_to_append(path)
     try:
@@ -105,6 +106,8 @@ def read_kept(directory, name, jobs, about):
                             again[job.key] = kept[job.key]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     pass
+        for part in () if same else parts_of(path)[1:]:  # before a header says that they are of this model
+            part.unlink()
         file.truncate(path.read_bytes().rfind(b"\n") + 1 if same else 0)
         file.write(text_of(again.values()))
         file.flush()
@@ -173,7 +176,7 @@ def run(model, encoding, plans, abouts, directory, seed=0, mcq="token", batch_si
     def record(job, generation, n_tokens, **more):
         line = base_line(job, generation, n_tokens) | more | verdict(job, generation)
         if job.name not in files:
-            files[job.name] = open_to_append(directory / f"generations-{job.name}.jsonl.{ranks.rank}")
+            files[job.name] = open_to_append(directory / f"answers-{job.name}.jsonl.{ranks.rank}")
         with errors_name_file(files[job.name].name, "could not be written"):
             files[job.name].write(text_of([line]))
             files[job.name].flush()
@@ -216,21 +219,20 @@ def run(model, encoding, plans, abouts, directory, seed=0, mcq="token", batch_si
         kind = "choices" if jobs[0].one_token else "answers"
         seconds = max(c[f"{kind} seconds"] for c in counts)
         speeds[name] = sum(c[f"{kind} tokens"] for c in counts) / seconds if new[name] and seconds else 0.0
+    lines = ranks.gather(lines if ranks.master else None)[0]  # which alone has those from before
     return {name: [lines[name][key] for key in sorted(lines[name])] for name in plans}, speeds
 
 
 def finish(directory, names, lines, save):
-    """Leave the complete answers of tasks in the order of their rows, or none."""
+    """Save the complete answers of tasks, if asked, and remove the files in which they were kept."""
     for name in names:
-        path = directory / f"generations-{name}.jsonl"
+        path, kept = (directory / f"{kind}-{name}.jsonl" for kind in ("generations", "answers"))
         with errors_name_file(path, "could not be written"):
             if save:
                 replace_file(path, text_of(lines[name]))
                 print0(f"written to {path}")
-            for part in parts_of(path)[save:]:
+            for part in (*parts_of(kept), kept.with_suffix(".json")):
                 part.unlink(missing_ok=True)
-            if not save:
-                path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def answer_texts(model, encoding, jobs, temperature, seed, batch_size, cache_gb, stop, counts):

@@ -66,6 +66,7 @@ def cache_bytes_per_token(model):
 def slots_in_memory(model, longest, most, cache_gb=0.0):
     """How many answers may be in work at a time: `most`, or as many as have room for the keys and values of `longest`
     tokens each in cache_gb, or for 0 in half of the free memory; at least 1."""
+    model.engine = None  # whose memory is then free
     size = cache_gb * 1e9 or free_memory(model.embed.device) / 2
     return max(1, min(most, int(size / (cache_bytes_per_token(model) * max(longest, 1)))))
 

@@ -111,8 +111,8 @@ def answer_file(model, encoding, tags, rows, done):
     """Answer the prompts of a file that have no answer yet; `rows` and `done` as of the functions above."""
     ids = {row: encode_prompt(encoding, prompt, own or tags) for row, (prompt, own) in rows.items()}
     block_size = model.config.block_size
-    if long := [row for row in ids if len(ids[row]) > block_size]:
-        limit = f"block_size = {block_size:,} tokens, the first in line {long[0] + 1}"
+    if long := {row for row in ids if len(ids[row]) > block_size}:
+        limit = f"block_size = {block_size:,} tokens, the first in line {min(long) + 1}"
         print(f"{jsonl}: {len(long):,} prompts are longer than {limit}, and get no answer")
     todo = [(row, k) for row in ids if row not in long for k in range(num_samples) if (row, k) not in done]
     limits = [min(max_new_tokens, block_size + 1 - len(ids[row])) for row, _ in todo]

@@ -54,7 +54,7 @@ def same_answer(generation, question):
     """The scorer of a task of your own. Answers are compared as numbers where the truth is one: that of a generation is
     the only number in it, as in "24 apples", and is invalid with none or several. Other answers are compared as text,
     but for white space; invalid is then an empty one."""
-    answer, truth = (" ".join(extract(t).replace("\u2212", "-").split()) for t in (generation, question.truth))
+    answer, truth = (" ".join(extract(t).replace("\u2212", "-").split()) for t in (generation, str(question.truth)))
     if NUMBER.fullmatch(truth):
         found, [truth] = numbers_in(answer), numbers_in(truth)
         answer = found[0] if len(found) == 1 else None
@@ -70,7 +70,8 @@ def to_whole_number(text):
 
 
 def same_whole_number(generation, question):
-    """GSM8K's scorer, as in the paper: int(float()) of the answer, so that 2.9 counts as 2."""
+    """GSM8K's scorer: int(float()) of the answer, as in the paper, so that 2.9 counts as 2. Where there is no box, the
+    paper takes the whole text; here it is what follows ####, which models trained on GSM8K itself write."""
     answer = to_whole_number(extract(generation))
     return verdict(answer == question.truth, answer is None)
 

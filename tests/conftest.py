@@ -5,6 +5,7 @@ import shutil
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # two files are tested at a time, and a number that changes compiles anew
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -94,8 +94,8 @@ if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not rest
         os.replace = at_nth(os.replace, lambda source, target: "ckpt" in str(target))
     elif MOMENT == "replace":  # a dataset: the old one goes, the new one comes
         pathlib.Path.rename = at_nth(pathlib.Path.rename)
-if "CRASH_SLOW" in os.environ:  # a second per step, in the first start
+if "CRASH_SLOW" in os.environ and not restarts:  # so many seconds more per step
     step = optim.AdamATan2.step
-    optim.AdamATan2.step = lambda self: (time.sleep(not restarts), step(self))
+    optim.AdamATan2.step = lambda self: (time.sleep(float(os.environ["CRASH_SLOW"])), step(self))
 sys.argv = sys.argv[1:]
 runpy.run_path(SCRIPT, run_name="__main__")

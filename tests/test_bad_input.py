@@ -1,7 +1,7 @@
 """
 What is wrong with an input is told in one sentence, and nothing is written.
 
-    pytest tests/test_bad_input.py -s -k sentence         # prints the table of sentences
+    pytest tests/test_bad_input.py -n 0 -s -k sentence         # prints the table of sentences
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -146,16 +147,16 @@ def test_answers_are_kept_and_asked_once(tmp_path, monkeypatch, capsys):
     questions, path = [Question(i, f"{i}?", str(i), group="ab"[i % 2]) for i in range(12)], tmp_path / "whole"
     path.mkdir()
     whole = ask(questions, directory=path)
-    lines = (path / "generations-quiz.jsonl").read_bytes().splitlines(keepends=True)
+    lines = (path / "answers-quiz.jsonl").read_bytes().splitlines(keepends=True)
     assert sorted(map(json.loads, lines), key=lambda line: line["row"]) == whole
     other = json.dumps(json.loads(lines[0]) | {"prompt": "another"}).encode() + b"\n"
     asked = []
     stream = evaluate.stream
     monkeypatch.setattr(evaluate, "stream", lambda *a, **o: asked.append(len(a[1])) or stream(*a, **o))
-    file, header = tmp_path / "generations-quiz.jsonl", tmp_path / "generations-quiz.json"
+    file, header = tmp_path / "answers-quiz.jsonl", tmp_path / "answers-quiz.json"
     header.write_text("{}")
     file.write_bytes(b"[1]\n\xff\n" + other + b"".join(lines[:5]) + lines[6][:-9])
-    (tmp_path / "generations-quiz.jsonl.1").write_bytes(lines[7] + lines[8][:20])  # of another rank
+    (tmp_path / "answers-quiz.jsonl.1").write_bytes(lines[7] + lines[8][:20])  # of another rank
     assert ask(questions, directory=tmp_path) == whole and asked == [6]
     assert "6 answers are kept from an earlier run, 6 are left to do" in capsys.readouterr().out
     assert ask(questions, directory=tmp_path) == whole and asked == [6]
@@ -173,15 +174,16 @@ def test_answers_are_kept_and_asked_once(tmp_path, monkeypatch, capsys):
     header.write_text("torn")
     ask(questions, directory=tmp_path, about={"model": 2})
     assert "(and does not say of which model), so this one starts over" in capsys.readouterr().out
-    evaluate.finish(tmp_path, ["quiz"], {"quiz": whole}, True)
-    assert [json.loads(line) for line in file.read_bytes().splitlines()] == whole
-    evaluate.finish(tmp_path, ["quiz"], {"quiz": whole}, False)
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    for save in True, False:  # what an earlier run has saved stays
+        evaluate.finish(tmp_path, ["quiz"], {"quiz": whole}, save)
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "generations-quiz.jsonl"}
+        saved = (tmp_path / "generations-quiz.jsonl").read_bytes()
+        assert [json.loads(line) for line in saved.splitlines()] == whole
 
 
 def test_two_processes_do_not_write_to_the_same_file(tmp_path):
-    with evaluate.open_to_append(tmp_path / "generations-quiz.jsonl"):
-        with pytest.raises(ValueError, match="generations-quiz.jsonl: another eval.py is writing to it"):
+    with evaluate.open_to_append(tmp_path / "answers-quiz.jsonl"):
+        with pytest.raises(ValueError, match="answers-quiz.jsonl: another eval.py is writing to it"):
             ask([Question(0, "0?", "0")], directory=tmp_path)
 
 
@@ -209,7 +211,7 @@ def saved(place, out):
 def test_a_run_that_was_killed_goes_on(trained):
     args = [*EVAL, "--init_from=out", "--batch_size=4"]
     run(trained, "eval.py", *args, "--out_dir=whole")
-    path = trained / "killed" / "generations-problems.jsonl"
+    path = trained / "killed" / "answers-problems.jsonl"
     for n_lines, sign in (10, signal.SIGKILL), (30, signal.SIGINT):
         start, pipes = (
             command("eval.py", *args, "--out_dir=killed"),
@@ -224,8 +226,13 @@ def test_a_run_that_was_killed_goes_on(trained):
     if process.returncode:  # the signal came before the end
         assert "partial: " in out and "interrupted; the same command goes on" in err and "Traceback" not in err
     path.write_bytes(path.read_bytes()[:-5])
+    header = json.loads(path.with_suffix(".json").read_text())
     done = run(trained, "eval.py", *args, "--out_dir=killed")
     assert "answers are kept from an earlier run" in done.stdout
+    assert saved(trained, "killed") == saved(trained, "whole")
+    shutil.move(trained / "killed" / "generations-problems.jsonl", path)  # as if it had been killed at its end
+    path.with_suffix(".json").write_text(json.dumps(header))
+    assert "60 answers are kept" in run(trained, "eval.py", *args, "--out_dir=killed", ranks=2).stdout
     assert saved(trained, "killed") == saved(trained, "whole")
 
 
@@ -325,7 +332,7 @@ def test_what_is_written(main, tmp_path, monkeypatch, capsys):
     assert "| a | 5 | 100.00% | 0.00% | 0.00% |" in text
     assert len((out / "generations-quiz.jsonl").read_text().splitlines()) == 9
     assert main(save_generations=False) == "done"
-    assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.md"]
+    assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.md", "generations-quiz.jsonl"]
 
 
 def test_ctrl_c_shows_what_is_done_and_keeps_it(main, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """
 Whatever a file or a command line holds: it works, or it ends with one sentence, within 20 s and 4 GB.
 
-    pytest tests/test_fuzz.py -s --fuzz=500     # so many cases of each kind; -s tells how many worked
+    pytest tests/test_fuzz.py -n 0 -s --fuzz=500     # so many cases of each kind; -s tells how many worked
 """
 
 from configurator import SCRIPTS, configure, settings_of
