@@ -13,6 +13,7 @@ Its rows are those of DATA_DIR/capitals/test.jsonl (or .parquet), or without --d
 In place of from_rows(), any function will do that takes **options and returns a list of Questions.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -125,10 +126,12 @@ MATH = "algebra counting_and_probability geometry intermediate_algebra number_th
 def math(row):
     """Competition mathematics (Hendrycks et al. 2021)."""
     check_types(row, problem=str, solution=str)
+    bare = re.findall(r"\\boxed\s+([^\s${}]+)", row["solution"])  # \boxed 2, as a few rows have it
     truth = scorers.last_box(row["solution"])
+    truth = bare[-1] if truth is None and bare else truth
     if truth is None:
         raise ValueError("its solution has no \\boxed{} answer")
-    return dict(prompt=row["problem"], truth=truth)
+    return dict(prompt=row["problem"], truth=truth or "\\text{none}")  # an empty box, which no answer equals
 
 
 def aime(year):

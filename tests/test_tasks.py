@@ -282,6 +282,13 @@ def test_fewer_shots_are_told(tmp_path, capsys):
     assert "1 questions have fewer than 5 shots" in capsys.readouterr().out
 
 
+def test_odd_boxes_of_math_are_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr("scorers.worker", object())  # math-verify is there
+    solutions = {"so $\\boxed 2$.": "2", "$\\boxed{}$": "\\text{none}", "\\boxed{\\frac 12}": "\\frac 12"}
+    write_rows(tmp_path, {"math/test": [{"problem": "1?", "solution": text} for text in solutions]})
+    assert [q.truth for q in find_task("math").questions(data_dir=tmp_path)] == [*solutions.values()]
+
+
 def test_a_task_of_ones_own(tmp_path):
     """As the docstring of tasks.py says."""
 
