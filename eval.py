@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -133,8 +134,8 @@ def score_tasks():
     return table, lines, sum(map(len, plans.values()))
 
 
-def main():
-    """Evaluate, print and write. Returns the table."""
+def main(keep=False):
+    """Evaluate, print and write. Returns the table. keep: the answers, for the same command once more."""
     with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
         table, lines, n_asked = score_tasks()
         n_answers = sum(map(len, lines.values()))
@@ -151,15 +152,15 @@ def main():
                 with errors_name_file(path := Path(out_dir, name), "could not be written"):
                     replace_file(path, text.encode())
                 print0(f"written to {path}")
-            finish(Path(out_dir), table, lines, save_generations)
+            finish(Path(out_dir), table, lines, save_generations, keep)
     return table
 
 
 def main_with(**changes):
-    """main() with other settings."""
+    """main() with other settings, of a sweep, which goes on where it is killed."""
     settings.update(changes)
     globals().update(changes)
-    return main()
+    return main(keep=True)
 
 
 if __name__ == "__main__":
@@ -170,7 +171,7 @@ if __name__ == "__main__":
             print(compare_runs(*compare.split(",")))
         else:
             ranks.advice = "the same command goes on"
-            ranks.start("cpu")  # ranks exchange answers alone
+            ranks.start("cpu", timedelta(days=9))  # ranks exchange answers alone; some have many more to give
             if not ranks.master:
                 sys.stdout = open(os.devnull, "w")
             if sweep:

@@ -13,6 +13,7 @@ of the instruction is seen from all of it, so the keys of a shot depend on the q
 
 import glob
 import json
+import signal
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -220,18 +221,19 @@ def run(model, encoding, plans, abouts, directory, seed=0, mcq="token", batch_si
         seconds = max(c[f"{kind} seconds"] for c in counts)
         speeds[name] = sum(c[f"{kind} tokens"] for c in counts) / seconds if new[name] and seconds else 0.0
     lines = ranks.gather(lines if ranks.master else None)[0]  # which alone has those from before
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, nobody asks stop()
     return {name: [lines[name][key] for key in sorted(lines[name])] for name in plans}, speeds
 
 
-def finish(directory, names, lines, save):
-    """Save the complete answers of tasks, if asked, and remove the files in which they were kept."""
+def finish(directory, names, lines, save, keep=False):
+    """Save the complete answers of tasks, if asked, and unless `keep` remove the files in which they were kept."""
     for name in names:
         path, kept = (directory / f"{kind}-{name}.jsonl" for kind in ("generations", "answers"))
         with errors_name_file(path, "could not be written"):
             if save:
                 replace_file(path, text_of(lines[name]))
                 print0(f"written to {path}")
-            for part in (*parts_of(kept), kept.with_suffix(".json")):
+            for part in () if keep else (*parts_of(kept), kept.with_suffix(".json")):
                 part.unlink(missing_ok=True)
 
 

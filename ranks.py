@@ -37,14 +37,14 @@ def rank_failure_guard():
 
 
 @rank_failure_guard()
-def start(device):
-    """Join the other ranks, which must come within 5 minutes."""
+def start(device, patience=timedelta(minutes=30)):
+    """Join the other ranks, which must come within 5 minutes. patience: for which they wait where they agree."""
     global cpu_group
     if world_size > 1:
         backend, timeout = "nccl" if device.startswith("cuda") else "gloo", timedelta(minutes=10)
         store = fresh_store(minutes=5)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        cpu_group = dist.new_group(backend="gloo")
+        cpu_group = dist.new_group(backend="gloo", timeout=patience)
 
 
 def fresh_store(minutes):

@@ -43,3 +43,5 @@ def test_the_model_runs_at_each_depth(workplace):
         assert (settings["H_cycles"], settings["init_from"]) == (n, "out")
         assert (f"condition: cot; H_cycles {n}, L_cycles 3" in said) == (n != 2)  # as trained
     assert "| task | H_cycles = 1 | H_cycles = 2 | H_cycles = 3 |" in said
+    again = run(workplace, "eval.py", *args, "--sweep=H_cycles=1,2,3,4").stdout
+    assert again.count("3 answers are kept from an earlier run, 0 are left to do") == 3
