@@ -321,18 +321,16 @@ def bench_data():
         text = Path(data_file).read_text(encoding="utf-8") if data_file else "".join(rows)
         small.write_text(text, encoding="utf-8")
         fields = {"instruction": "question", "response": "answer"} if data_file else {}
-        options = dict(fields=fields, threads=threads, block_size=block_size)
+        options = dict(fields=fields, workers=threads, block_size=block_size)
         data.prepare(dataset, source=str(small), tokenizer=tokenizer, **options)
         repeats = -(-data_mb * 10**6 // small.stat().st_size)
         large.write_text(text * repeats, encoding="utf-8")
         options |= dict(source=str(large), tokenizer=str(dataset))
         encoding, pairs = load_encoding(dataset).tiktoken, [to_pair(row, fields) for _, row in read_rows(str(small))]
         texts = [text for pair in pairs for text in pair[:2]]
-        jobs = partial(data.in_threads, lambda pair: [encoding.encode_ordinary(text) for text in pair[:2]])
         variants = {
             "data.py": partial(data.prepare, Path(directory, "large"), **options),
             "tiktoken": partial(encoding.encode_ordinary_batch, texts, num_threads=threads),
-            "tiktoken in jobs of 500": lambda: list(jobs(zip(pairs), threads)),
         }
         seconds, _, _ = measure(lambda: variants)
     seconds["data.py"] /= repeats

@@ -25,7 +25,16 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import ranks
-from common import check_types, errors_name_file, local_directory, one_line, read_json, replace_file, sync_directory
+from common import (
+    check_types,
+    errors_name_file,
+    local_directory,
+    lock_file,
+    one_line,
+    read_json,
+    replace_file,
+    sync_directory,
+)
 from hf import load_hf
 from model import HRM, HRMConfig, weight_shapes
 
@@ -191,16 +200,10 @@ class RunFiles:
         replace_file(out / "log.jsonl", b"".join(line for line in lines if logged_before(line, step)))
 
     def _lock(self):
-        """Raise ValueError if another process holds this lock, which ends with a process however that ends."""
-        try:
-            import fcntl  # which Windows lacks
-
+        """Raise ValueError if another process writes to the directory."""
+        with suppress(OSError):  # Windows opens no directories
             self.lock_handle = os.open(self.directory, os.O_RDONLY)
-            fcntl.flock(self.lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {self.directory}") from None
-        except (ImportError, OSError):
-            pass  # a system without such locks
+            lock_file(self.lock_handle, f"another process is writing to {self.directory}")
 
     def _is_ours(self):
         """Whether the directory is still the one that is locked, and not removed, renamed, or since then another's."""

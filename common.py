@@ -1,6 +1,5 @@
 """What all files here share: files that survive a crash, and errors that a user reads in one sentence."""
 
-import glob
 import json
 import os
 import re
@@ -133,25 +132,39 @@ def sync_directory(directory):
         os.close(handle)
 
 
+def lock_file(file, sentence):
+    """Lock an open file or directory until this process ends, however it does. Raises ValueError with the sentence if
+    another process holds the lock."""
+    try:
+        import fcntl  # which Windows lacks
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(sentence) from None
+    except (ImportError, OSError):
+        pass  # a system without such locks
+
+
 def finish_rename(directory):
     """Make the second rename of data.py's two, where it was killed before that: `directory` is then the new dataset."""
-    for old in directory.parent.glob(f"{glob.escape(directory.name)}.part-*/old"):
-        if not directory.exists():
-            old.with_name("new").rename(directory)
-            print(f"{directory}: data.py was killed while it replaced this dataset; now the new one is in place")
-            shutil.rmtree(old.parent, ignore_errors=True)
+    part = directory.with_name(f"{directory.name}.part")
+    if (part / "old").exists() and not directory.exists():
+        (part / "new").rename(directory)
+        print(f"{directory}: data.py was killed while it replaced this dataset; now the new one is in place")
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def local_directory(name, *patterns):
-    """The directory `name`, or a local copy of the hub's model of that name, downloaded if need be."""
+def local_directory(name, *patterns, repo_type="model"):
+    """The directory `name`, or a local copy of the hub's model or dataset of that name, downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/")):
-        raise FileNotFoundError(f"there is no directory {name} with a model")
+        raise FileNotFoundError(f"there is no directory {name} with a {repo_type}")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=patterns or ["*.json", "*.safetensors"]))
+        patterns = patterns or ("*.json", "*.safetensors")
+        return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns))
     except Exception as e:
         error = f"{type(e).__name__}: {one_line(e)}"
         raise ValueError(f"{name} is no directory and cannot be downloaded from the hub: {error}") from None

@@ -2,41 +2,59 @@
 
     python data.py                                   # the embedded word problems -> data/problems
     python data.py config/gsm8k.py                   # GSM8K from the Hugging Face hub -> data/gsm8k
+    python data.py config/hrm1b.py                   # a mixture of hundreds of files: see mixture.py
     python data.py --dataset=mine --source=pairs.jsonl --tokenizer=gpt2
 
-data/<dataset>/ then holds, for the splits train and val, <split>.bin and <split>.idx (see loader.py), and meta.json and
-tokenizer.tiktoken. No file imports this one: a directory data/ with an __init__.py would be taken for it, and be run.
+data/<dataset>/ then holds, for the splits train and val, <split>.bin and <split>.idx (see loader.py), meta.json,
+tokenizer.tiktoken, and report.md. No file imports this one: a directory data/ with an __init__.py would be taken for
+it, and be run.
 """
 
 from configurator import configure
 
 import json
+import multiprocessing
 import os
-import random
+import shutil
+import signal
+import sys
+import threading
+import time
 from array import array
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
-from itertools import chain, starmap
+from inspect import getsource
+from multiprocessing.connection import wait
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-from common import exit_on_error, finish_rename, replace_file
-from sources import read_rows, to_pair, word_problems
-from tokenizer import FILES, condition_tags, encode_document, fingerprint, make_encoding, save_encoding
+from common import exit_on_error, finish_rename, lock_file, read_json, replace_file
+from mixture import add_counts, find_parts, markdown, no_counts, sample_texts, split_of, to_pairs
+from sources import item_size
+from tokenizer import (
+    FILES,
+    condition_tags,
+    encode_document,
+    encoding_meta,
+    fingerprint,
+    make_encoding,
+    read_encoding,
+    save_encoding,
+    token_dtype,
+)
 
 # ---- settings ----
 dataset = "problems"  # the name of what is made: data/<dataset>
 source = "problems"  # embedded word problems; or a hub id, a .jsonl, .json or .parquet file, or a directory
 source_config = ""  # the hub dataset's configuration
-split = "train"  # of the source
+split = "train"  # of the source; "": all files of a directory, or of a repository on the hub
 val_split = ""  # of the source; "": val_fraction of the documents of split
-val_fraction = 0.01  # drawn at random by seed
+val_fraction = 0.01  # drawn by seed; documents with the same instruction stay together
+mixture = []  # caps, repeats and more for some of the source's files, or several sources: see mixture.py
 fields = {"instruction": "instruction", "response": "response", "condition": "condition"}  # names in the source
 condition = ""  # of rows that have none: direct, cot, synth, noisy, or several, as synth,cot
 answer = ""  # responses end in "#### N": "cot" keeps the working, "direct" only N; both become the condition
@@ -48,159 +66,274 @@ tokenizer = "bytes"  # or train:4096, a tiktoken encoding, a BPE file in its for
 pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
 block_size = 1024  # context: a document may have one token more
 too_long = "truncate"  # longer documents; or "drop" (as always if the instruction alone is longer), or "stop"
-threads = 0  # of the tokenizer; 0: one per core
+batch_size = 0  # of train.py; with max_iters, report.md has how many epochs they make
+max_iters = 0
+workers = 0  # processes, or threads for a small source; 0: one per core
 seed = 1337
 settings = configure(globals())
+
+NOT_KEPT = {"dataset", "workers", "batch_size", "max_iters"}  # by a dataset that is made
+SAVE_EVERY = 5  # seconds, but whole files only
+SMALL = 2**26  # bytes of a source for which no processes are started
 
 
 # ---- preparing a dataset ----
 def prepare(directory, **changes):
-    """Make a dataset in `directory`, by the settings above with `changes`. It is written beside and then renamed, so
-    `directory` never holds half of one. It replaces a dataset, and nothing else. Returns the content of meta.json.
+    """Make a dataset in `directory`, by the settings above with `changes`. It is made in <directory>.part and then
+    renamed, so `directory` never holds half of one; a preparation that was killed goes on after the last file that it
+    recorded. It replaces a dataset, and nothing else. Returns the content of meta.json.
     Raises ValueError or OSError."""
     directory, o = Path(directory), SimpleNamespace(**{**settings, **changes})
     if vars(o).keys() != settings.keys():
         raise TypeError(f"there is no setting {min(changes.keys() - settings.keys())}")
     finish_rename(directory)
-    held, written = {path.name for path in directory.glob("*")}, {*FILES, "meta.json"}
+    held, written = {path.name for path in directory.glob("*")}, {*FILES, "meta.json", "report.md"}
     if directory.exists() and not {"train.bin", "train.idx"} <= held <= written:
         other = ", ".join(sorted(held - written)[:3])
         what = f"holds what data.py did not write ({other})" if other else "is no prepared dataset"
         raise ValueError(f"{directory} exists and {what}; choose another name with --dataset")
-    for key, least in dict(n_problems=1, n_val_problems=0, block_size=1, threads=0).items():
+    for key, least in dict(n_problems=1, n_val_problems=0, block_size=1, workers=0).items():
         if vars(o)[key] < least:
             raise ValueError(f"{key} must be at least {least}, not {vars(o)[key]}")
-    if o.too_long not in ("truncate", "drop", "stop"):
-        raise ValueError(f"too_long must be truncate, drop or stop, not '{o.too_long}'")
-    if o.answer not in ("", "cot", "direct"):
-        raise ValueError(f"answer must be cot, direct or empty, not '{o.answer}'")
     if not 0 <= o.val_fraction < 1:
         raise ValueError(f"val_fraction is a share below 1, not {o.val_fraction}")
-    of_text = all(isinstance(name, str) for name in o.fields.values())
-    if not of_text or not o.fields.keys() <= {"instruction", "response", "condition"}:
-        raise ValueError(f"fields names a source's instruction, response and condition, and nothing else: {o.fields}")
-    condition_tags(o.condition)
-    pairs = (pair[:2] for split, _, pair in read_pairs(o) if split == "train" and isinstance(pair, tuple))
-    encoding = make_encoding(o.tokenizer, o.pat_str, chain.from_iterable(pairs))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    documents = in_threads(partial(fit_document, encoding, o), read_pairs(o), o.threads or os.cpu_count())
-    progress = tqdm(documents, desc=f"preparing {directory}", unit=" documents")
-    prefix = f"{directory.name}.part-"
-    with progress, TemporaryDirectory(prefix=prefix, dir=directory.parent, ignore_cleanup_errors=True) as part:
-        old, new = Path(part, "old"), Path(part, "new")
-        new.mkdir()
-        meta = save_encoding(encoding, new)
-        splits = write_bins(new, progress, meta["dtype"])
-        if not splits["train"]["documents"]:
-            dropped = ", ".join(f"{n:,} {why}" for why, n in splits["train"]["dropped"].items()) or "none"
-            advice = "; --skip_bad=False tells where" if o.skip_bad else ""
-            raise ValueError(f"{o.source} holds no document to train on; dropped: {dropped}{advice}")
-        meta |= {"splits": splits, "checksums": {name: fingerprint(new / name) for name in FILES}}
-        meta["prepare_args"] = {key: value for key, value in vars(o).items() if key not in ("dataset", "threads")}
-        replace_file(new / "meta.json", json.dumps(meta, indent=1).encode())
+    parts, place = find_parts(o), directory.with_name(f"{directory.name}.part")
+    old, new = place / "old", place / "new"
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "lock", "wb") as file:
+        lock_file(file, f"another data.py is preparing {directory}")
         try:
+            encoding, files = start_or_go_on(new, parts, o)
+            write_bins(new, parts, files, encoding, o)
+            meta = write_meta(new, files, encoding, o)
             if directory.exists():
                 directory.rename(old)
             new.rename(directory)
         finally:
             if old.exists() and not directory.exists():
                 old.rename(directory)
+            if not (new / "progress.json").exists():
+                shutil.rmtree(place, ignore_errors=True)
     return meta
 
 
-def read_pairs(o):
-    """Yields (split, where, pair) for each row of the source; in place of a bad row's pair, what is wrong with it."""
-    rng, read = random.Random(o.seed), partial(read_rows, o.source, o.source_config)
-    if o.source == "problems":
-        sizes = ("train", o.n_problems), ("val", o.n_val_problems)
-        rows = ((split, ("a problem", row)) for split, n in sizes for row in word_problems(split, n, o.seed))
-    elif o.val_split:
-        names = ("train", o.split), ("val", o.val_split)
-        rows = ((split, row) for split, name in names for row in read(name))
-    else:
-        rows = (("val" if rng.random() < o.val_fraction else "train", row) for row in read(o.split))
-    for split, (where, row) in rows:
-        pair = to_pair(row, o.fields, o.condition, o.answer, o.strip_annotations)
-        if isinstance(pair, str) and not o.skip_bad:
-            raise ValueError(f"{where}: {pair}; --skip_bad=True leaves such rows out")
-        yield split, where, pair
+def start_or_go_on(new, parts, o):
+    """(the Encoding, the entries of the files that are done): of a preparation with the same settings that was killed,
+    or of a new one."""
+    progress = read_json(new / "progress.json") if (new / "progress.json").exists() else None
+    if progress and progress["settings"] == kept_settings(o):
+        files = []
+        for part, file in zip(parts, progress["files"]):
+            if not entry(part).items() <= file.items():
+                print(f"{file['name']} has changed, or another file stands in its place")
+                break
+            files.append(file)
+        print(f"going on after {len(files):,} of {len(parts):,} files: {new.parent} has them")
+        return read_encoding(new, progress).checked(), files
+    if progress:
+        print(f"{new.parent} holds what other settings made, and begins anew")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    encoding = make_encoding(o.tokenizer, o.pat_str, sample_texts(parts, o.seed))
+    save_encoding(encoding, new)
+    return encoding, []
 
 
-def in_threads(function, items, n_threads):
-    """Yields function(*item) for each item of read_pairs(), in order. At most 32 million characters are in work."""
-    jobs, in_work = deque(), 0
-    with ThreadPoolExecutor(n_threads) as pool:
-        for size, batch in batches(items):
-            while jobs and (len(jobs) > 2 * n_threads or in_work + size > 2**25):
-                done, job = jobs.popleft()
-                yield from job.result()
-                in_work -= done
-            jobs.append((size, pool.submit(list, starmap(function, batch))))
-            in_work += size
-        for _, job in jobs:
-            yield from job.result()
+def kept_settings(o):
+    """The settings that a dataset depends on, as JSON has them. A function is its source."""
+    kept = {key: value for key, value in vars(o).items() if key not in NOT_KEPT}
+    return json.loads(json.dumps(kept, default=getsource))
 
 
-def batches(items):
-    """Yields (characters, items of read_pairs()) of 500 short texts or a few long ones. A job per text, as in tiktoken,
-    takes more than twice as long."""
-    size, batch = 0, []
-    for item in items:
-        size += sum(map(len, item[-1]))
-        batch.append(item)
-        if len(batch) == 500 or size > 2**17:
-            yield size, batch
-            size, batch = 0, []
-    yield size, batch
+def entry(part):
+    """What meta.json's "files" and progress.json say of a file, but for what was found in it."""
+    stat, rule = part.file.path.stat() if part.file.path else None, part.rule
+    rules = {"group": part.group, "cap": rule.cap, "repeat": rule.repeat}
+    return {"name": part.name, **rules, "bytes": stat and stat.st_size, "modified": stat and stat.st_mtime_ns}
 
 
-def fit_document(encoding, o, split, where, pair):
-    """An item of read_pairs() -> (split, document): condition, ids, length of the prefix, whether the end is cut off.
-    In place of a document that is dropped stands a text that says why; it is counted by what comes before a colon."""
-    if isinstance(pair, str):
-        return split, pair
-    try:
-        ids, n_prefix = encode_document(encoding, *pair)
-    except ValueError as e:
-        if not o.skip_bad:
-            raise ValueError(f"{where}: {e}; --skip_bad=True leaves such rows out") from None
-        return split, str(e)
-    limit = o.block_size + 1  # the last token of a document is never input
-    if len(ids) > limit and o.too_long == "stop":
-        raise ValueError(f"{where}: {len(ids)} tokens, longer than block_size = {o.block_size}")
-    if n_prefix >= limit or (len(ids) > limit and o.too_long == "drop"):
-        return split, "instruction too long" if n_prefix >= limit else "too long"
-    return split, (pair[2], ids[:limit], n_prefix, len(ids) > limit)  # if cut, without eoa: it does not end there
+# ---- rows -> ids ----
+task = SimpleNamespace()  # of a worker: parts, encoding and settings
 
 
-def write_bins(directory, documents, dtype):
-    """Write both splits' bins and indexes from what fit_document() returns. Returns {split: its counts}."""
-    none = {"documents": 0, "tokens": 0, "prefix_tokens": 0, "truncated": 0}
-    counts = {split: {**none, "conditions": Counter(), "dropped": Counter()} for split in ("train", "val")}
-    lengths = {split: array("i") for split in counts}
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(open(directory / name, "wb")) for name in FILES[:4]}
-        for split, document in documents:
-            c = counts[split]
+def start_workers(parts, encoding, o):
+    """(an Executor of encode_batch(), number of its workers). Processes are started by fork: it hands them functions of
+    a config file as they are."""
+    n, known = o.workers or os.cpu_count(), dict(encoding=encoding, parts=parts, o=o)
+    if sum(part.file.size for part in parts) < SMALL or sys.platform != "linux":
+        return ThreadPoolExecutor(n, initializer=vars(task).update, initargs=(known,)), n
+    return ProcessPoolExecutor(n, multiprocessing.get_context("fork"), start_process, (known,)), n
+
+
+def start_process(known):
+    """Ctrl-C is for the parent alone; when that has gone, however it went, this process goes."""
+    vars(task).update(known)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: wait([parent]) and os._exit(1), daemon=True).start()
+
+
+def encode_batch(job):
+    """(number of a part, number of its first item here, items) -> {split: (ids, index, counts)}; the index, (n, 2)
+    int64, has lengths where in the file the ends will be."""
+    i, first, items = job
+    part, dtype, limit = task.parts[i], np.dtype(token_dtype(task.encoding.n_vocab)).char, task.o.block_size + 1
+    made = {split: (array(dtype), array("q"), no_counts()) for split in ("train", "val")}
+    for number, item in enumerate(items, first):
+        pairs = to_pairs(part.rule, item)
+        made["val" if part.val_share == 1 else "train"][2]["rows"] += pairs is not None  # else a blank line
+        for pair in pairs or ():
+            ids, index, counts = made[split_of(part, pair[0], task.o.seed)]
+            document = fit_document(pair, part, number)
             if isinstance(document, str):
-                c["dropped"][document.partition(":")[0]] += 1  # few kinds, however many rows there are
+                counts["dropped"][document.partition(":")[0]] += 1  # few kinds, however many rows there are
                 continue
-            condition, ids, n_prefix, truncated = document
-            c["documents"] += 1
-            c["tokens"] += len(ids)
-            c["prefix_tokens"] += n_prefix
-            c["truncated"] += truncated
-            c["conditions"][condition] += 1
-            lengths[split].append(len(ids))
-            files[f"{split}.bin"].write(array(np.dtype(dtype).char, ids))
-            files[f"{split}.idx"].write(array("q", (c["tokens"], n_prefix)))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
-    for split, c in counts.items():
-        c["length"] = {k: int(np.percentile(lengths[split], p)) for k, p in points.items()} if lengths[split] else {}
-    return counts
+            whole, n_prefix = document
+            kept = whole[:limit]  # if cut, without eoa: it does not end there
+            ids.extend(kept)
+            index.extend((len(kept), n_prefix))
+            counts["documents"] += 1
+            counts["tokens"] += len(kept)
+            counts["prefix_tokens"] += n_prefix
+            counts["truncated"] += len(kept) < len(whole)
+            counts["text_bytes"] += sum(len(text if text.isascii() else text.encode()) for text in pair[:2])
+            counts["text_tokens"] += len(whole) - 3 - len(condition_tags(pair[2]))
+            counts["conditions"][pair[2]] += 1
+    for split, (ids, index, counts) in made.items():
+        made[split] = ids.tobytes(), np.array(index).reshape(-1, 2), counts
+    return made
+
+
+def fit_document(pair, part, number):
+    """What to_pairs() gives for an item -> (ids, length of the prefix), or why it is dropped: the kind, and details
+    after a colon. Raises ValueError where it is not to be."""
+    rule, where, limit = part.rule, part.file.where(number), task.o.block_size + 1  # the last id is never input
+    try:
+        if isinstance(pair, str):
+            raise ValueError(pair)
+        ids, n_prefix = encode_document(task.encoding, *pair)
+    except ValueError as e:
+        if rule.skip_bad:
+            return str(e)
+        raise ValueError(f"{where}: {e}; --skip_bad=True leaves such rows out") from None
+    if len(ids) > limit and rule.too_long == "stop":
+        raise ValueError(f"{where}: {len(ids)} tokens, longer than block_size = {limit - 1}")
+    if n_prefix + 2 > limit:
+        return "instruction too long"
+    return "too long" if len(ids) > limit and rule.too_long == "drop" else (ids, n_prefix)
+
+
+def batches(parts, done):
+    """Yields (bytes, job of encode_batch()) for the parts after those that are done: many small items, or a few large
+    ones. A job per text takes more than twice as long. Each part has a job, if with no items."""
+    for i, part in enumerate(parts[done:], done):
+        size, items, number = 0, [], part.file.first
+        for item in part.file.items():
+            size += item_size(item)
+            items.append(item)
+            if len(items) == 1000 or size > 2**18:
+                yield size, (i, number, items)
+                size, items, number = 0, [], number + len(items)
+        yield size, (i, number, items)
+
+
+def in_order(pool, n_workers, function, jobs):
+    """Yields (bytes, job, function(job)) for each (bytes, job), in order. Jobs of at most 32 MB are in work."""
+    waiting, in_work = deque(), 0
+
+    def finish():
+        nonlocal in_work
+        size, job, future = waiting.popleft()
+        in_work -= size
+        return size, job, future.result()
+
+    for size, job in jobs:
+        while waiting and (len(waiting) > 4 * n_workers or in_work + size > 2**25):
+            yield finish()
+        waiting.append((size, job, pool.submit(function, job)))
+        in_work += size
+    while waiting:
+        yield finish()
+
+
+# ---- ids -> files ----
+def write_bins(new, parts, files, encoding, o):
+    """Write both splits' bins and indexes, after what `files` has, and append the other parts' entries to it.
+    progress.json has those that are whole, but for the last seconds."""
+    entries, saved, sizes = [entry(part) for part in parts], time.monotonic(), [part.file.size for part in parts]
+    ends = {split: sum(file[split]["tokens"] for file in files) for split in ("train", "val")}
+    with ExitStack() as stack:
+        out = {name: stack.enter_context(open(new / name, "ab")) for name in FILES[:4]}
+        for split, end in ends.items():  # what came after the last entry is made again
+            out[f"{split}.bin"].truncate(end * np.dtype(token_dtype(encoding.n_vocab)).itemsize)
+            out[f"{split}.idx"].truncate(sum(file[split]["documents"] for file in files) * 16)
+        pool, n_workers = start_workers(parts, encoding, o)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        known = dict(total=sum(sizes) or None, initial=sum(sizes[: len(files)]), unit="B", unit_scale=True)
+        desc, often = f"preparing {new.parent.with_suffix('')}", 0.1 if sys.stderr.isatty() else 10
+        bar = stack.enter_context(tqdm(**known, desc=desc, mininterval=often))
+        started, at_start = time.monotonic(), sum(ends.values())
+        for size, (i, *_), made in in_order(pool, n_workers, encode_batch, batches(parts, len(files))):
+            if i == len(files):  # a part begins
+                if time.monotonic() > saved + SAVE_EVERY:
+                    save(new, out.values(), files, encoding, o)
+                    saved = time.monotonic()
+                files.append(entries[i] | {split: no_counts() for split in made})
+            for split, (ids, index, counts) in made.items():
+                index[:, 0] = ends[split] + np.cumsum(index[:, 0])
+                ends[split] += counts["tokens"]
+                out[f"{split}.bin"].write(ids)
+                out[f"{split}.idx"].write(index.tobytes())
+                add_counts(files[i][split], counts)
+            speed = (sum(ends.values()) - at_start) / (time.monotonic() - started)
+            bar.set_postfix_str(f"file {i + 1:,} of {len(parts):,}, {speed:,.0f} tokens/s", refresh=False)
+            bar.update(size)
+        sync(out.values())
+
+
+def save(new, out, files, encoding, o):
+    """Write progress.json, after what it tells of."""
+    sync(out)
+    progress = {"settings": kept_settings(o), **encoding_meta(encoding), "files": files}
+    replace_file(new / "progress.json", json.dumps(progress).encode())
+
+
+def sync(out):
+    for file in out:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_meta(new, files, encoding, o):
+    """Write meta.json and report.md. Returns the content of meta.json."""
+    splits = {split: no_counts() for split in ("train", "val")}
+    for split, counts in splits.items():
+        for file in files:
+            add_counts(counts, file[split])
+        counts["length"] = length_points(new / f"{split}.idx", o.block_size + 1)
+    if not splits["train"]["documents"]:
+        dropped = ", ".join(f"{n:,} {why}" for why, n in splits["train"]["dropped"].items()) or "none"
+        advice = "; --skip_bad=False tells where" if o.skip_bad else ""
+        raise ValueError(f"{o.source} holds no document to train on; dropped: {dropped}{advice}")
+    meta = {**encoding_meta(encoding), "splits": splits, "files": files, "prepare_args": kept_settings(o)}
+    meta["checksums"] = {name: fingerprint(new / name) for name in FILES}
+    replace_file(new / "meta.json", json.dumps(meta, indent=1).encode())
+    replace_file(new / "report.md", markdown(meta, o.batch_size * o.max_iters * o.block_size).encode())
+    (new / "progress.json").unlink(missing_ok=True)
+    return meta
+
+
+def length_points(path, longest):
+    """{"p50": length, ...} of the documents of an index."""
+    ends = np.memmap(path, np.int64, "r").reshape(-1, 2)[:, 0] if path.stat().st_size else np.zeros(0, np.int64)
+    n_of, before = np.zeros(longest + 1, np.int64), 0
+    for first in range(0, len(ends), 2**20):
+        chunk = np.array(ends[first : first + 2**20])
+        n_of += np.bincount(np.diff(chunk, prepend=before), minlength=longest + 1)
+        before = chunk[-1]
+    points = {"min": 0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
+    found = np.searchsorted(n_of.cumsum(), [max(1, round(share * len(ends))) for share in points.values()])
+    return dict(zip(points, found.tolist())) if len(ends) else {}
 
 
 def report(directory, meta):

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from common import check_types, errors_name_file, read_json, replace_file
+from common import check_types, errors_name_file, lock_file, read_json, replace_file
 from generate import MAX_PREFILL_TOKENS, choose_ids, slots_in_memory, stream
 from ranks import print0
 from tasks import Question, Task
@@ -148,14 +148,7 @@ def open_to_append(path):
     """A file that no other process appends to. Raises ValueError or OSError."""
     with errors_name_file(path, "cannot be written"):
         file = open(path, "ab")
-        try:
-            import fcntl  # which Windows lacks
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another eval.py is writing to it") from None
-        except (ImportError, OSError):
-            pass  # a system without such locks
+        lock_file(file, f"{path}: another eval.py is writing to it")
         return file
 
 

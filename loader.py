@@ -8,6 +8,7 @@ Both stay on the disk, memory-mapped; this process holds the order of an epoch, 
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from common import check_types, errors_name_file
+from mixture import drawn
 from model import IGNORE
 from tokenizer import read_meta
 
@@ -34,7 +36,7 @@ def open_split(directory, split):
     begins at 0, and prefixes[d] of its ids are the prefix. Raises ValueError if the files cannot be right."""
     dtype, bin = np.dtype(read_meta(directory)["dtype"]), Path(directory, f"{split}.bin")
     ends, prefixes = read_index(directory, split).T
-    for first, starts, stops in chunks(ends):
+    for first, starts, stops in chunks(ends, 0, len(ends)):
         n_prefix = prefixes[first : first + len(starts)]
         valid = (starts < stops) & (1 <= n_prefix) & (n_prefix < stops - starts)
         if not valid.all():
@@ -57,11 +59,25 @@ def spans(ends, documents):
     return ends[documents - 1] * (documents > 0), ends[documents]
 
 
-def chunks(ends, size=2**18):
-    """(first document, starts, ends) of all documents, a chunk at a time: arrays of all would take gigabytes."""
-    for first in range(0, len(ends), size):
-        bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first : first + size]))
+def chunks(ends, begin, stop, size=2**18):
+    """(first document, starts, ends) of a range of documents, a chunk at a time: arrays of all would take gigabytes."""
+    for first in range(begin, stop, size):
+        last = min(first + size, stop)
+        bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first:last]))
         yield first, bounds[:-1], bounds[1:]
+
+
+def draw(documents, n, epoch, seed):
+    """The n documents that a file gives to an epoch, in no useful order: the next ones of a permutation of the file
+    that every epoch goes on with, and of a fresh one whenever it is used up."""
+    drawn, at = [], epoch * n
+    while at < (epoch + 1) * n:
+        turn, first = divmod(at, len(documents))
+        taken = min(len(documents) - first, (epoch + 1) * n - at)
+        rng = np.random.default_rng((*seed, turn + 1))  # a zero at the end would change nothing
+        drawn.append(documents if taken == len(documents) else rng.permutation(documents)[first : first + taken])
+        at += taken
+    return np.concatenate(drawn) if drawn else documents[:0]
 
 
 # ---- packing ----
@@ -81,10 +97,11 @@ class Batch(NamedTuple):
 class Loader:
     """Iterates over steps of `rows` rows of `block_size` tokens, packed from whole documents.
 
-    An epoch is a seeded permutation of the documents. A step fills its rows from a pool of the next documents; those
-    left in the pool wait for the next step, so every document is seen exactly once per epoch. The plan depends on
-    seed, rows and block_size only: rank r takes its share of the same rows. `epochs` limits the passes (the last step
-    may then hold padding); without it, epochs overlap by a few documents. `state` is that after the last step taken."""
+    An epoch is a seeded permutation of the documents; of a mixture, of those that each file gives by its rule. A step
+    fills its rows from a pool of the next documents; those left in the pool wait for the next step, so none is lost or
+    seen more often than an epoch has it. The plan depends on seed, rows and block_size only: rank r takes its share of
+    the same rows. `epochs` limits the passes (the last step may then hold padding); without it, epochs overlap by a few
+    documents. `state` is that after the last step taken."""
 
     LOOKAHEAD_DOCS = 128  # documents to choose from
     MAX_TOKENS = 2**27  # of a step; in memory they take 3.4 GB
@@ -98,15 +115,25 @@ class Loader:
         self.own_rows = slice(rank, None, world_size)
         meta, self.bin = read_meta(directory), Path(directory, f"{split}.bin")
         self.tokens, self.ends, self.prefixes = open_split(directory, split)
-        self.vocab_size = meta["vocab_size"]
-        eligible, self.n_tokens = self._eligible()
-        self.left_out = len(self.ends) - len(eligible)
-        if not len(eligible):
+        whole = [{"cap": 0, "repeat": 1, **meta["splits"]}]
+        self.split, self.files, self.vocab_size = split, meta.get("files", whole), meta["vocab_size"]
+        if sum(file[split]["documents"] for file in self.files) != len(self.ends):
+            raise ValueError(f"{directory}: meta.json tells of another number of documents than {split}.idx")
+        self.dtype = np.uint32 if len(self.ends) < 2**32 else np.int64  # of documents
+        n_fitting = n_tokens = n_drawn = 0  # n_tokens: of an epoch
+        for file, documents in zip(self.files, self._fitting()):
+            n = drawn(file, split, len(documents))
+            n_fitting, n_drawn = n_fitting + len(documents), n_drawn + n
+            for chunk in np.array_split(documents, len(documents) // 2**18 + 1):
+                n_tokens += self._lengths(chunk.astype(np.int64)).sum() * n / max(1, len(documents))
+        self.left_out, self.n_tokens = len(self.ends) - n_fitting, round(n_tokens)
+        if not n_drawn:
             raise ValueError(f"{directory}: no document of the {split} split fits into block_size = {block_size}")
-        mean = self._lengths(eligible[:100000].astype(np.int64)).mean()
-        self.pool_tokens = rows * block_size + self.LOOKAHEAD_DOCS * mean
-        checksum = str(meta["checksums"].get(self.bin.name))
-        self.plan = {"seed": seed, "documents": len(eligible), "checksum": checksum}
+        self.pool_tokens = rows * block_size + self.LOOKAHEAD_DOCS * n_tokens / n_drawn
+        checksum, rules = str(meta["checksums"].get(self.bin.name)), [(f["cap"], f["repeat"]) for f in self.files]
+        if {*rules} != {(0, 1)}:
+            checksum += " " + sha256(str(rules).encode()).hexdigest()[:16]
+        self.plan = {"seed": seed, "documents": n_drawn, "checksum": checksum}
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
         with errors_name_file("the loader's state"):
             check_types(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
@@ -114,7 +141,7 @@ class Loader:
                 if self.state[key] != value:
                     change = f"{key} is {value}, in the loader's state {self.state[key]}"
                     raise ValueError(f"{directory} gives another plan than the run had: {change}")
-            beyond = self.state["cursor"] >= len(eligible)
+            beyond = self.state["cursor"] >= n_drawn
             if beyond or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):
                 raise ValueError(f"{directory} has no such place in it")
         self.order = self._permutation(self.state["epoch"])
@@ -124,18 +151,24 @@ class Loader:
         starts, ends = spans(self.ends, documents)
         return ends - starts - 1
 
-    def _eligible(self):
-        """The documents that fit into a row (all, unless prepared for a larger block_size), and their tokens in all."""
-        found, n, n_tokens = np.empty(len(self.ends), np.uint32 if len(self.ends) < 2**32 else np.int64), 0, 0
-        for first, starts, ends in chunks(self.ends):
-            fits = np.flatnonzero(ends - starts <= self.block_size + 1)
-            found[n : n + len(fits)] = first + fits
-            n += len(fits)
-            n_tokens += int((ends - starts - 1)[fits].sum())
-        return found[:n], n_tokens
+    def _fitting(self):
+        """Yields, for each file, its documents that fit into a row: all, unless prepared for a larger block_size."""
+        begin = 0
+        for file in self.files:
+            found, n, stop = np.empty(file[self.split]["documents"], self.dtype), 0, begin + file[self.split]["documents"]
+            for first, starts, ends in chunks(self.ends, begin, stop):
+                fits = first + np.flatnonzero(ends - starts <= self.block_size + 1)
+                found[n : n + len(fits)] = fits
+                n += len(fits)
+            begin = stop
+            yield found[:n]
 
     def _permutation(self, epoch):
-        order, _ = self._eligible()
+        """The documents of an epoch, shuffled."""
+        order, end = np.empty(self.plan["documents"], self.dtype), 0
+        for i, (file, documents) in enumerate(zip(self.files, self._fitting())):
+            begin, end = end, end + drawn(file, self.split, len(documents))
+            order[begin:end] = draw(documents, end - begin, epoch, (self.seed, i))
         np.random.default_rng((self.seed, epoch)).shuffle(order)
         return order
 

@@ -5,12 +5,16 @@ import json
 import random
 import re
 import zlib
-from itertools import chain, islice
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from common import errors_name_file, one_line
+from common import errors_name_file, local_directory, one_line
 from tokenizer import condition_tags
 
+KINDS = (".jsonl", ".json", ".parquet")
 MAX_TEXT_BYTES = 2**24  # of a line
 
 # ---- word problems ----
@@ -70,68 +74,138 @@ def word_problems(split, n, seed):
 
 
 # ---- files and the hub ----
-def read_rows(source, config="", split="train"):
-    """Iterates over (where, row) of a .jsonl, .json or .parquet file, of a directory of such files named after the
-    split, or of a dataset on the hub. A row is a dict, or for a bad line of .jsonl a text that says why."""
-    path, kinds = Path(source), (".jsonl", ".json", ".parquet")
-    if path.suffix in kinds and not path.exists():
+class File(NamedTuple):
+    """Where rows come from: a file, or what one name on the hub stands for."""
+
+    name: str
+    items: Callable  # () -> an iterator of rows, of lines of JSON (bytes), and of texts that say what is wrong with one
+    path: Path | None = None
+    size: int = 0  # bytes of its rows, about; 0: unknown
+    unit: str = "row"  # that an item is, for sentences
+    first: int = 0  # number of the first item
+
+    def where(self, number):
+        return f"{self.path or self.name}, {self.unit} {number}"
+
+
+def find_files(source, config="", split="train"):
+    """The Files of a source: a .jsonl, .json or .parquet file; those of a directory whose path in it has a part that
+    begins with the split; for a dataset on the hub, the rows of its configuration and split as one File. If split is
+    "", all .jsonl and .parquet files of a directory, or of a repository on the hub, which is downloaded."""
+    path = Path(source)
+    if path.suffix in KINDS and not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    if path.is_file() and path.suffix not in kinds:
-        raise ValueError(f"{path} is neither .jsonl, .json nor .parquet")
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    if path.is_dir() and not any(file.suffix in kinds for file in path.rglob(f"*{split}*")):
-        raise FileNotFoundError(f"there is no .jsonl, .json or .parquet file named after the split '{split}' in {path}")
-    files = sorted(path.glob(f"{split}*.jsonl")) if path.is_dir() else [path] if path.suffix in kinds[:2] else []
-    if files:  # datasets would not say in which line an error is, and crashes where a .json file is just `null`
-        yield from chain.from_iterable(map(read_lines, files))
-        return
+    if path.is_file():
+        if path.suffix not in KINDS:
+            raise ValueError(f"{path} is neither .jsonl, .json nor .parquet")
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty")
+        return [open_file(path.name, path)]
+    if not path.is_dir() and split:
+        return [File(f"{source} {config} {split}".replace("  ", " "), partial(hub_rows, source, config, split))]
+    path = local_directory(source, "*.jsonl", "*.parquet", repo_type="dataset")
+    kinds = KINDS if split else (".jsonl", ".parquet")  # the .json of a repository describe it
+    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.suffix in kinds}
+    found = [name for name in sorted(names) if any(part.startswith(split) for part in name.split("/"))]
+    if not found:
+        named = f" named after the split '{split}'" if split else ""
+        raise FileNotFoundError(f"there is no {', '.join(kinds[:-1])} or {kinds[-1]} file{named} in {source}")
+    return [open_file(name, names[name]) for name in found]
+
+
+def open_file(name, path):
+    """The File of a path."""
+    if path.suffix == ".parquet":
+        with errors_name_file(path):
+            import pyarrow.parquet as parquet
+
+            meta = parquet.read_metadata(path)
+            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+        return File(name, partial(parquet_rows, path), path, size)
+    size = path.stat().st_size
+    if path.suffix == ".json":
+        with open(path, "rb") as file:
+            if file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                return File(name, partial(json_rows, path), path, size)
+    return File(name, partial(json_lines, path), path, size, "line", 1)
+
+
+def json_lines(path):
+    """The items of a file of lines; of one that is too long, only that it is."""
+    with open(path, "rb") as file:
+        for line in iter(lambda: file.readline(MAX_TEXT_BYTES + 1), b""):
+            if len(line) > MAX_TEXT_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_TEXT_BYTES)
+                line = f"longer than {MAX_TEXT_BYTES:,} bytes"
+            yield line
+
+
+def json_rows(path):
+    """The items of a file that is one list."""
+    with errors_name_file(path):
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    for row in rows:
+        yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def parquet_rows(path):
+    """The items of a Parquet file. Few are in memory at a time, however large they are."""
+    with errors_name_file(path):
+        import pyarrow.parquet as parquet
+
+        for batch in parquet.ParquetFile(path, buffer_size=2**20).iter_batches(256):
+            n = len(batch) if batch.nbytes < MAX_TEXT_BYTES else 1
+            for first in range(0, len(batch), n):
+                yield from batch.slice(first, n).to_pylist()
+
+
+def hub_rows(source, config, split):
+    """The items of a dataset on the hub, read as they come; no copy is written."""
     try:
         import datasets
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # else it prints what it raises, too
-        tables = [path] if path.is_file() else sorted(path.glob(f"{split}*.parquet"))  # to datasets, `dev` is no name
-        if tables:
-            rows = datasets.load_dataset("parquet", data_files=[*map(str, tables)], split="train")
-        else:
-            rows = datasets.load_dataset(str(source), None if path.exists() else config or None, split=split)
+        rows = datasets.load_dataset(source, config or None, split=split, streaming=True)
     except Exception as e:
         cause = e.__cause__ or e
         error = f"{type(cause).__name__}: {one_line(cause)}"
         raise ValueError(f"cannot load the dataset {source}, split {split}: {error}") from None
     with errors_name_file(f"{source} {split}"):
-        for number, row in enumerate(rows):
-            yield f"{source} {split}, row {number}", row
+        yield from rows
 
 
-def read_lines(file):
-    """read_rows() of a .jsonl file, or of a .json file: that is one list, or such lines."""
-    with open(file, "rb") as lines:
-        if file.suffix == ".json" and lines.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            with errors_name_file(file):
-                rows = json.loads(file.read_text(encoding="utf-8-sig"))
-            for number, row in enumerate(rows):
-                yield f"{file}, row {number}", row if isinstance(row, dict) else "not a JSON object"
-            return
-        lines.seek(0)
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_TEXT_BYTES + 1), b""), 1):
-            where = f"{file}, line {number}"
-            if len(line) > MAX_TEXT_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = lines.readline(MAX_TEXT_BYTES)
-                yield where, f"longer than {MAX_TEXT_BYTES:,} bytes"
-            elif b"\0" in line:
-                yield where, "a NUL byte"
-            elif not line.isspace():
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                    yield where, row if isinstance(row, dict) else "not a JSON object"
-                except UnicodeDecodeError:
-                    yield where, "not UTF-8"
-                except (ValueError, RecursionError):
-                    yield where, "not a JSON object"
+def item_size(item):
+    """Bytes of an item, about."""
+    return sum(len(v) for v in item.values() if isinstance(v, str)) if isinstance(item, dict) else len(item)
 
 
+def parse(item):
+    """An item of a File -> a row, a text that says what is wrong with it, or None for a blank line."""
+    if not isinstance(item, bytes):
+        return item
+    if b"\0" in item:
+        return "a NUL byte"
+    if item.isspace():
+        return None
+    try:
+        row = json.loads(item.decode("utf-8-sig"))
+        return row if isinstance(row, dict) else "not a JSON object"
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError):
+        return "not a JSON object"
+
+
+def read_rows(source, config="", split="train"):
+    """Yields (where, row) of a source's Files; in place of a bad row, what is wrong with it."""
+    for file in find_files(source, config, split):
+        for number, item in enumerate(file.items(), file.first):
+            if (row := parse(item)) is not None:
+                yield file.where(number), row
+
+
+# ---- a row -> a pair ----
 def text_fault(text, key):
     """What is wrong with a text: its kind, and details after a colon. None where nothing is."""
     if not text.strip():

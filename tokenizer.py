@@ -219,10 +219,14 @@ def read_ranks(path):
 
 
 def save_encoding(encoding, directory):
-    """Write the ranks to directory/tokenizer.tiktoken. Returns the rest, for meta.json."""
+    """Write the ranks to directory/tokenizer.tiktoken."""
     ranks = encoding.ranks
     lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get))
     replace_file(Path(directory, "tokenizer.tiktoken"), b"".join(lines))
+
+
+def encoding_meta(encoding):
+    """What meta.json says of an Encoding: all but its ranks."""
     rest = {key: getattr(encoding, key) for key in ("name", "pat_str", "special_tokens", "normalizer")}
     return {"vocab_size": encoding.n_vocab, "dtype": token_dtype(encoding.n_vocab), "tokenizer": rest}
 
@@ -236,12 +240,17 @@ def read_tokenizer(directory):
             return with_special_tokens(Encoding(directory.name, *hf_parts(read_json(path))))
     meta = read_meta(directory)
     check_file(directory, "tokenizer.tiktoken", meta)
-    ranks, rest = read_ranks(directory / "tokenizer.tiktoken"), meta["tokenizer"]
     with errors_name_file(directory / "meta.json"):
-        encoding = Encoding(rest["name"], ranks, rest["pat_str"], rest["special_tokens"], rest.get("normalizer"))
-        if encoding.n_vocab != meta["vocab_size"]:
-            raise ValueError(f"vocab_size is {meta['vocab_size']}, and the tokenizer has {encoding.n_vocab} ids")
-        return encoding
+        return read_encoding(directory, meta)
+
+
+def read_encoding(directory, meta):
+    """The Encoding of directory/tokenizer.tiktoken and encoding_meta()."""
+    ranks, rest = read_ranks(Path(directory, "tokenizer.tiktoken")), meta["tokenizer"]
+    encoding = Encoding(rest["name"], ranks, rest["pat_str"], rest["special_tokens"], rest.get("normalizer"))
+    if encoding.n_vocab != meta["vocab_size"]:
+        raise ValueError(f"vocab_size is {meta['vocab_size']}, and the tokenizer has {encoding.n_vocab} ids")
+    return encoding
 
 
 def load_encoding(name):
@@ -260,6 +269,10 @@ def read_meta(directory):
         for counts in meta["splits"]["train"], meta["splits"]["val"]:
             check_types(counts, documents=int, tokens=int, conditions=dict)
             check_types(counts["conditions"], **dict.fromkeys(counts["conditions"], int))
+        for file in meta.get("files", []):
+            check_types(file, name=str, group=str, cap=int, repeat=int, train=dict, val=dict)
+            for counts in file["train"], file["val"]:
+                check_types(counts, documents=int, tokens=int)
         if meta["dtype"] != token_dtype(meta["vocab_size"]):
             raise ValueError(f"dtype is {meta['dtype']} for {meta['vocab_size']} ids")
     return meta

@@ -193,7 +193,7 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --eval_iters=-1", "eval_iters must be at least 0"),
         (f"{TRAIN} --out_dir=", "must be names"),
         ("data.py --dataset=../out", "dataset is the name of a directory in data/, not a path: '../out'"),
-        ("data.py --dataset=x --threads=-1", "threads must be at least 0, not -1"),
+        ("data.py --dataset=x --workers=-1", "workers must be at least 0, not -1"),
         ("data.py --dataset=x --tokenizer=train:99999999999999999999", "a vocabulary size from 263 to 2^31 - 1"),
         ("data.py --condition=drect", "unknown condition 'drect'"),
         ("data.py --dataset=x --source=data", "named after the split 'train'"),
