@@ -127,6 +127,8 @@ def attend(q, k, v, mask):
 
 def working_kernel(kernel, n_head, head_dim, device, dtype):
     """This one of FLEX_KERNELS if a forward and a backward pass run with it here, else "flex", and a line says so."""
+    if kernel == "tuned":  # the same kernel; a pass would measure sizes for a row that nobody has
+        return kernel
     try:
         q, k, v = torch.randn(3, 1, 2 * BLOCK, n_head, head_dim, device=device, dtype=dtype).requires_grad_()
         place = torch.arange(2 * BLOCK, device=device)[None]

@@ -211,7 +211,7 @@ def decode():
 
     yield "one prompt", figures(prompts[n_prompts // 2 :][:1])
     torch.cuda.empty_cache()
-    fit = int(0.8 * free_memory(device) / (per_token * (generate.rounded(longest, 256) + 1)))
+    fit = int(0.8 * free_memory(device) / (per_token * (generate.cache_length(model, longest) + 1)))
     yield f"{min(fit, n_prompts)} prompts", figures(prompts[-fit:])
 
 

@@ -63,12 +63,19 @@ def cache_bytes_per_token(model):
     return 2 * c.n_layer // 2 * c.n_steps * c.n_head * c.head_dim * model.compute_dtype.itemsize
 
 
+def cache_length(model, longest):
+    """For how many tokens an answer has room that may have `longest`. Only few lengths, as each has its own graphs."""
+    if model.embed.device.type in CUDA_GRAPH_DEVICES or model.uses_flex():
+        return min(rounded(longest, 256), model.config.block_size)
+    return max(longest, 2)
+
+
 def slots_in_memory(model, longest, most, cache_gb=0.0):
     """How many answers may be in work at a time: `most`, or as many as have room for the keys and values of `longest`
     tokens each in cache_gb, or for 0 in half of the free memory; at least 1."""
     model.engine = None  # whose memory is then free
     size = cache_gb * 1e9 or free_memory(model.embed.device) / 2
-    return max(1, min(most, int(size / (cache_bytes_per_token(model) * max(longest, 1)))))
+    return max(1, min(most, int(size / (cache_bytes_per_token(model) * (cache_length(model, longest) + 1)))))
 
 
 @torch.inference_mode()
@@ -178,9 +185,9 @@ def choose_ids(banned_ids, temperature, top_k, top_p, uniform, logits):
     return ids.where(largest.isfinite(), -1)
 
 
-def rounded(length, least=64):
+def rounded(length, first_power=64):
     """The next of 48, 64, 96, 128, 192, ..., so that something need be compiled or captured for few lengths only."""
-    power = 2 ** (max(least, length) - 1).bit_length()
+    power = 2 ** (max(first_power, length) - 1).bit_length()
     return power // 4 * 3 if length <= power // 4 * 3 else power
 
 
@@ -212,9 +219,7 @@ class Engine:
         self.model, self.made_for, self.flex = model, made_for(model, n_slots), model.uses_flex()
         self.options = dict(device=device, dtype=model.compute_dtype)
         self.weights, self.graphs, self.use_graphs = model.cast_weights(), {}, device.type in CUDA_GRAPH_DEVICES
-        self.max_len = max(max_len, 2)
-        if self.use_graphs or self.flex:
-            self.max_len = min(rounded(max_len, 256), config.block_size)
+        self.max_len = cache_length(model, max_len)
         shape = (n_slots, config.n_head, self.max_len + 1, config.head_dim)  # one more, so that every view is a part
         n_caches = config.n_steps * config.n_layer // 2
         self.caches = [[torch.zeros(shape, **self.options) for _ in "kv"] for _ in range(n_caches)]

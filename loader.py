@@ -155,7 +155,8 @@ class Loader:
         """Yields, for each file, its documents that fit into a row: all, unless prepared for a larger block_size."""
         begin = 0
         for file in self.files:
-            found, n, stop = np.empty(file[self.split]["documents"], self.dtype), 0, begin + file[self.split]["documents"]
+            stop = begin + file[self.split]["documents"]
+            found, n = np.empty(stop - begin, self.dtype), 0
             for first, starts, ends in chunks(self.ends, begin, stop):
                 fits = first + np.flatnonzero(ends - starts <= self.block_size + 1)
                 found[n : n + len(fits)] = fits

@@ -238,7 +238,8 @@ class HRM(nn.Module):
         """How to compute; may be called at any time. dtype: of activations and products; weights keep their own.
         attention: "sdpa", one of FLEX_KERNELS, or "auto": flex if compiled on CUDA, else sdpa. compile: the blocks,
         one for all, as the unrolled recurrence would take minutes. recompute: what the backward pass computes anew, to
-        save memory: with "inputs", if compiled, what the norms and gates give to the products, with "blocks" all."""
+        save memory: with "inputs", if compiled, what the norms and gates give to the products, with "blocks" all; what
+        has been compiled before keeps its own."""
         known = dict(attention=("auto", "sdpa", *FLEX_KERNELS), recompute=("none", "inputs", "blocks"))
         for name, value in dict(attention=attention, recompute=recompute).items():
             if value not in known[name]:
@@ -250,9 +251,19 @@ class HRM(nn.Module):
 
     def cast_weights(self):
         """The weights in the dtype of computation, for all uses in a step; gradients reach the originals."""
-        dtype = self.compute_dtype
-        H, L = ([BlockWeights(*(w.to(dtype) for w in b.parameters())) for b in stack] for stack in (self.H, self.L))
-        return SimpleNamespace(H=H, L=L, lm_head=self.lm_head.to(dtype))
+
+        def cast(w):
+            w = w.to(self.compute_dtype)
+            if w.grad_fn is not None:  # else autograd leaves the casts, its oldest nodes, to the end of its pass
+                w.grad_fn._set_sequence_nr(2**63 - 1)
+            return w
+
+        H, L = ([BlockWeights(*map(cast, block.parameters())) for block in stack] for stack in (self.H, self.L))
+        return SimpleNamespace(H=H, L=L, lm_head=cast(self.lm_head))
+
+    def backward_order(self):
+        """The parameters, in the order in which a backward pass completes their gradients."""
+        return [self.lm_head, *reversed([*self.L.parameters()]), *reversed([*self.H.parameters()]), self.embed]
 
     def recurrence(self, idx, pos, weights, run_block, bp_steps=None):
         """Tokens idx (B, T) at positions pos (B, T) of their documents -> final z_H (B, T, n_embd).

@@ -32,8 +32,10 @@ def rank_failure_guard():
     try:
         yield
     except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
         why = one_line(e).split(". ")[0]
-        shutdown(f"rank {rank} has lost another rank ({why}); {advice}")
+        shutdown(f"rank {rank} cannot go on with the other ranks ({why}); {advice}")
 
 
 @rank_failure_guard()
@@ -162,9 +164,9 @@ def sum_over_ranks(*tensors):
 @contextmanager
 def summing_gradients(params):
     """Inside, one backward pass, whose gradients are summed over all ranks: each as soon as it is complete, while the
-    pass goes on to others. All ranks sum them in the same order, from the last parameter to the first, in which a pass
-    completes them, and leave out the same ones: bp_steps decides which have none."""
-    waiting, complete, works = deque(reversed([*params])), set(), []
+    pass goes on to others. All ranks sum them in the order of params, which should be that in which the pass completes
+    them, and leave out the same ones: bp_steps decides which have none."""
+    waiting, complete, works = deque(params), set(), []
 
     @rank_failure_guard()
     def start(p):

@@ -91,7 +91,8 @@ class Progress:
 
 def print_answers(model, directory, documents, max_new_tokens=64):
     """Print the instructions of documents, which are (ids, length of the prefix), and the model's answers to them."""
-    compile_blocks, model.compile_blocks = model.compile_blocks, False  # it would take longer than so few tokens
+    as_it_was = model.compile_blocks, model.attention
+    model.compile_blocks, model.attention = False, "auto"  # to compile would take longer than so few tokens
     try:
         encoding = load_encoding(directory)
         ban_ids_without_token(model, encoding)
@@ -105,4 +106,4 @@ def print_answers(model, directory, documents, max_new_tokens=64):
     except (ValueError, RuntimeError) as e:  # no tiktoken, say, weights that diverge, or a card that is full
         print0(f"  no sample answers: {one_line(e)}")
     finally:
-        model.compile_blocks, model.engine = compile_blocks, None  # training needs the memory of its caches
+        (model.compile_blocks, model.attention), model.engine = as_it_was, None  # training needs the caches' memory

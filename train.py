@@ -119,7 +119,7 @@ def loss_and_accuracy(model, batch, micro_batch_size, bp_steps=None):
         share = int((targets != IGNORE).sum()) / batch.n_targets
         loss = model(idx, targets, doc, prefix, bp_steps, weights)[1] * share
         if torch.is_grad_enabled():
-            with ranks.summing_gradients(model.parameters() if targets is last[1] else ()):
+            with ranks.summing_gradients(model.backward_order() if targets is last[1] else ()):
                 loss.backward()
         totals += torch.stack((loss.detach(), model.n_correct / batch.n_targets))
     return totals
