@@ -13,19 +13,14 @@ it, and be run.
 from configurator import configure
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from array import array
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from inspect import getsource
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +41,7 @@ from tokenizer import (
     save_encoding,
     token_dtype,
 )
+from workers import in_order
 
 # ---- settings ----
 dataset = "problems"  # the name of what is made: data/<dataset>
@@ -153,38 +149,19 @@ def entry(part):
 
 
 # ---- rows -> ids ----
-task = SimpleNamespace()  # of a worker: parts, encoding and settings
-
-
-def start_workers(parts, encoding, o):
-    """(an Executor of encode_batch(), number of its workers). Processes are started by fork: it hands them functions of
-    a config file as they are."""
-    n, known = o.workers or os.cpu_count(), dict(encoding=encoding, parts=parts, o=o)
-    if sum(part.file.size for part in parts) < SMALL or sys.platform != "linux":
-        return ThreadPoolExecutor(n, initializer=vars(task).update, initargs=(known,)), n
-    return ProcessPoolExecutor(n, multiprocessing.get_context("fork"), start_process, (known,)), n
-
-
-def start_process(known):
-    """Ctrl-C is for the parent alone; when that has gone, however it went, this process goes."""
-    vars(task).update(known)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: wait([parent]) and os._exit(1), daemon=True).start()
-
-
-def encode_batch(job):
-    """(number of a part, number of its first item here, items) -> {split: (ids, index, counts)}; the index, (n, 2)
-    int64, has lengths where in the file the ends will be."""
+def encode_batch(parts, encoding, o, job):
+    """A job, (number of a part, number of its first item here, items) -> {split: (ids, index, counts)}; the index is
+    (n, 2) int64, with lengths where in the file the ends will be."""
     i, first, items = job
-    part, dtype, limit = task.parts[i], np.dtype(token_dtype(task.encoding.n_vocab)).char, task.o.block_size + 1
+    part, dtype = parts[i], np.dtype(token_dtype(encoding.n_vocab)).char
+    limit = o.block_size + 1  # the last id is never input
     made = {split: (array(dtype), array("q"), no_counts()) for split in ("train", "val")}
     for number, item in enumerate(items, first):
         pairs = to_pairs(part.rule, item)
         made["val" if part.val_share == 1 else "train"][2]["rows"] += pairs is not None  # else a blank line
         for pair in pairs or ():
-            ids, index, counts = made[split_of(part, pair[0], task.o.seed)]
-            document = fit_document(pair, part, number)
+            ids, index, counts = made[split_of(part, pair[0], o.seed)]
+            document = fit_document(encoding, pair, part.rule, part.file.where(number), limit)
             if isinstance(document, str):
                 counts["dropped"][document.partition(":")[0]] += 1  # few kinds, however many rows there are
                 continue
@@ -204,14 +181,13 @@ def encode_batch(job):
     return made
 
 
-def fit_document(pair, part, number):
+def fit_document(encoding, pair, rule, where, limit):
     """What to_pairs() gives for an item -> (ids, length of the prefix), or why it is dropped: the kind, and details
     after a colon. Raises ValueError where it is not to be."""
-    rule, where, limit = part.rule, part.file.where(number), task.o.block_size + 1  # the last id is never input
     try:
         if isinstance(pair, str):
             raise ValueError(pair)
-        ids, n_prefix = encode_document(task.encoding, *pair)
+        ids, n_prefix = encode_document(encoding, *pair)
     except ValueError as e:
         if rule.skip_bad:
             return str(e)
@@ -237,25 +213,6 @@ def batches(parts, done):
         yield size, (i, number, items)
 
 
-def in_order(pool, n_workers, function, jobs):
-    """Yields (bytes, job, function(job)) for each (bytes, job), in order. Jobs of at most 32 MB are in work."""
-    waiting, in_work = deque(), 0
-
-    def finish():
-        nonlocal in_work
-        size, job, future = waiting.popleft()
-        in_work -= size
-        return size, job, future.result()
-
-    for size, job in jobs:
-        while waiting and (len(waiting) > 4 * n_workers or in_work + size > 2**25):
-            yield finish()
-        waiting.append((size, job, pool.submit(function, job)))
-        in_work += size
-    while waiting:
-        yield finish()
-
-
 # ---- ids -> files ----
 def write_bins(new, parts, files, encoding, o):
     """Write both splits' bins and indexes, after what `files` has, and append the other parts' entries to it.
@@ -267,13 +224,14 @@ def write_bins(new, parts, files, encoding, o):
         for split, end in ends.items():  # what came after the last entry is made again
             out[f"{split}.bin"].truncate(end * np.dtype(token_dtype(encoding.n_vocab)).itemsize)
             out[f"{split}.idx"].truncate(sum(file[split]["documents"] for file in files) * 16)
-        pool, n_workers = start_workers(parts, encoding, o)
-        stack.callback(pool.shutdown, cancel_futures=True)
+        jobs, n_workers = batches(parts, len(files)), o.workers or os.cpu_count()
+        encode = partial(encode_batch, parts, encoding, o)
+        results = stack.enter_context(closing(in_order(encode, jobs, n_workers, processes=sum(sizes) > SMALL)))
         known = dict(total=sum(sizes) or None, initial=sum(sizes[: len(files)]), unit="B", unit_scale=True)
         desc, often = f"preparing {new.parent.with_suffix('')}", 0.1 if sys.stderr.isatty() else 10
         bar = stack.enter_context(tqdm(**known, desc=desc, mininterval=often))
         started, at_start = time.monotonic(), sum(ends.values())
-        for size, (i, *_), made in in_order(pool, n_workers, encode_batch, batches(parts, len(files))):
+        for size, (i, *_), made in results:
             if i == len(files):  # a part begins
                 if time.monotonic() > saved + SAVE_EVERY:
                     save(new, out.values(), files, encoding, o)

@@ -36,7 +36,7 @@ def open_split(directory, split):
     begins at 0, and prefixes[d] of its ids are the prefix. Raises ValueError if the files cannot be right."""
     dtype, bin = np.dtype(read_meta(directory)["dtype"]), Path(directory, f"{split}.bin")
     ends, prefixes = read_index(directory, split).T
-    for first, starts, stops in chunks(ends, 0, len(ends)):
+    for first, starts, stops in chunks(ends):
         n_prefix = prefixes[first : first + len(starts)]
         valid = (starts < stops) & (1 <= n_prefix) & (n_prefix < stops - starts)
         if not valid.all():
@@ -59,8 +59,9 @@ def spans(ends, documents):
     return ends[documents - 1] * (documents > 0), ends[documents]
 
 
-def chunks(ends, begin, stop, size=2**18):
-    """(first document, starts, ends) of a range of documents, a chunk at a time: arrays of all would take gigabytes."""
+def chunks(ends, begin=0, stop=None, size=2**18):
+    """(first document, starts, ends) of documents, all or a range, a chunk at a time: arrays would take gigabytes."""
+    stop = len(ends) if stop is None else stop
     for first in range(begin, stop, size):
         last = min(first + size, stop)
         bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first:last]))

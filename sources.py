@@ -116,11 +116,14 @@ def find_files(source, config="", split="train"):
 def open_file(name, path):
     """The File of a path."""
     if path.suffix == ".parquet":
-        with errors_name_file(path):
-            import pyarrow.parquet as parquet
+        import pyarrow.parquet as parquet
 
+        with errors_name_file(path):
             meta = parquet.read_metadata(path)
             size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+            names = meta.schema.to_arrow_schema().names
+            if len({*names}) < len(names):
+                raise ValueError(f"two of its columns have the same name: {', '.join(names)[:99]}")
         return File(name, partial(parquet_rows, path), path, size)
     size = path.stat().st_size
     if path.suffix == ".json":

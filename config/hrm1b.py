@@ -8,6 +8,20 @@ The published 1B model: 60B tokens, 40B of them unique (46 hours on 16 H100 with
 # data.py
 dataset = "hrm1b"
 source = "sapientinc/HRM-Text-data-io-cleaned-20260515"  # columns condition, instruction, response
+split = ""  # all its files
+mixture = [  # documents of each file per epoch; the first rule that fits counts, and a file without one gives all
+    dict(files="SYNTH__*", cap=20_000),
+    dict(files="flan__cot_*"),
+    dict(files="flan__*", cap=5_000),
+    dict(files="dmmath__*", cap=100_000),
+    dict(files="ampsmathematica__*", cap=10_000),
+    dict(files="tasksource__*", cap=10_000),
+    dict(files=("openmathinstruct2__*", "acereason__*"), cap=2_000_000),
+    dict(files="openthoughts2__*", cap=500_000),
+    dict(files="sudoku_extreme__*", cap=1_000_000),
+    dict(files=("Platypus__*", "omnimath.jsonl", "gsm8k_train.jsonl", "math_train.jsonl"), repeat=10),
+    dict(files=("webinstruct_verified.jsonl", "no_robots.jsonl"), repeat=10),
+]
 tokenizer = "train:65536"
 val_fraction = 0.0001
 skip_bad = True  # and count

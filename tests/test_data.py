@@ -5,7 +5,6 @@ import os
 import signal
 import tracemalloc
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -19,6 +18,7 @@ from loader import Loader, open_split, prefetch, read_index
 from model import IGNORE
 from sources import word_problems
 from tokenizer import encode_prompt, load_encoding, make_encoding, read_meta
+from workers import in_order
 
 ROWS = [{"instruction": f"What is {i} plus {i}?", "response": f"{2 * i} é"} for i in range(300)]
 
@@ -198,10 +198,9 @@ def test_a_wrong_column_is_told_with_the_columns_there_are(tmp_path, fields):
 
 def test_few_rows_are_in_work_at_a_time_if_they_are_large():
     taken = []
-    with ThreadPoolExecutor(8) as pool:
-        results = data.in_order(pool, 8, str, ((2**24, taken.append(i) or i) for i in range(20)))
-        assert next(results) == (2**24, 0, "0") and len(taken) <= 4
-        assert [result for _, _, result in results] == [*map(str, range(1, 20))] and taken == [*range(20)]
+    results = in_order(str, ((2**24, taken.append(i) or i) for i in range(20)), 8, processes=False)
+    assert next(results) == (2**24, 0, "0") and len(taken) <= 4
+    assert [result for _, _, result in results] == [*map(str, range(1, 20))] and taken == [*range(20)]
 
 
 def test_an_unknown_setting_is_refused(tmp_path):

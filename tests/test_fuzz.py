@@ -435,7 +435,7 @@ def use_data(place):
 
 def use_rows(place, source, skip_bad):
     """Every row becomes the document that it says, or is told or counted."""
-    options = dict(skip_bad=skip_bad, threads=1, block_size=99, val_fraction=0.0)
+    options = dict(skip_bad=skip_bad, workers=1, block_size=99, val_fraction=0.0)
     meta = prepare(place / "data" / "new", source=str(source), **options)
     c = meta["splits"]["train"]
     if source.suffix == ".parquet":
