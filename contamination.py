@@ -171,14 +171,20 @@ def subsets_of(shares, scores=None):
     """{subset: its questions, mean share, and with scores mean score and Z} of questions, by their shares."""
     chosen = [shares >= 0, shares < 0.2, shares >= 0.2, shares < 0.8, shares >= 0.8]
     table = {}
-    for name, some in zip(SIGNS, chosen):
+    for (name, sign), some in zip(SIGNS.items(), chosen):
         n = int(some.sum())
         table[name] = {"questions": n, "share": shares[some].mean() if n else None, "score": None, "z": None}
         if n and scores is not None:
             mean, sigma = scores[chosen[0]].mean(), scores[chosen[0]].std()
             table[name]["score"] = scores[some].mean()
-            table[name]["z"] = (scores[some].mean() - mean) / (sigma / n**0.5) if sigma else None
+            table[name]["z"] = (scores[some].mean() - mean) / (sigma / n**0.5) if sign and sigma else None
     return table
+
+
+def cell(r):
+    """The text of a subset."""
+    score = "" if r["score"] is None else f": {percent(r['score'])}"
+    return f"{r['questions']:,}{score}" + ("" if r["z"] is None else f", Z {r['z']:+.2f}")
 
 
 def is_flagged(table):
@@ -242,18 +248,14 @@ def main():
     shares = {grams.n: shares_of(grams, of_n, question_ends) for grams, of_n in by_n}
     matches = matches_of(asked, by_n[0][0], best, tokens, ends, encoding, files)
 
-    head = ["task", "n", "subset", "questions", "contaminated", "score", "Z"][: None if answers else 5]
-    rows, notes, examples, last = [head], [], [], 0
+    rows, notes, examples, last = [["task", "n", "too short", "contaminated", *SIGNS]], [], [], 0
     with replace_files(out_dir) as part:
         for name, (questions, scores) in found.items():
             first, last = last, last + len(questions)
             for n, of_all in shares.items():
                 table = subsets_of(of_all[first:last], scores)
-                for subset, r in table.items():
-                    row = name, n, subset, f"{r['questions']:,}", percent(r["share"]), percent(r["score"])
-                    rows.append([*row, "-" if r["z"] is None else f"{r['z']:+.2f}"][: len(head)])
-                if n_short := len(questions) - table["all"]["questions"]:
-                    notes.append(f"{name}: {n_short:,} questions are shorter than {n} tokens and in no subset.")
+                share, n_short = table["all"]["share"], len(questions) - table["all"]["questions"]
+                rows.append([name, n, f"{n_short:,}", percent(share), *map(cell, table.values())])
                 if is_flagged(table):
                     notes.append(f"{name}, n = {n}: all four |Z| are above 2: contamination has changed the score.")
             lines = [{"row": q.row, **line} for q, line in zip(questions, matches)]

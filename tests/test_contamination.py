@@ -100,7 +100,7 @@ def test_subsets_and_z():
     sigma = np.sqrt(5 / 8 * 3 / 8)
     assert table["clean"]["z"] == pytest.approx((1 / 3 - 5 / 8) / (sigma / 3**0.5))
     assert table["dirty"]["z"] == pytest.approx((1 - 5 / 8) / (sigma / 2**0.5))
-    assert table["dirty"]["share"] == 0.9 and table["all"]["z"] == 0 and not contamination.is_flagged(table)
+    assert table["dirty"]["share"] == 0.9 and table["all"]["z"] is None and not contamination.is_flagged(table)
     many = contamination.subsets_of(np.tile([0.0, 1.0], 50), np.tile([0.0, 1.0], 50))
     assert contamination.is_flagged(many) and many["dirty"]["z"] == pytest.approx(50**0.5)
     assert not contamination.is_flagged(contamination.subsets_of(np.tile([0.0, 1.0], 50), np.tile([1.0, 0.0], 50)))
@@ -153,9 +153,10 @@ def test_planted_questions_are_found_in_prefix_and_response(place):
         assert share == [1.0] * 20 + [0.5] * 10 + [0.0] * 20
         assert all(line["document"] == line["row"] for line in lines[:30])
         assert "Exam: " in lines[11]["excerpt"] + lines[10]["excerpt"]
-    assert "quiz  13        all         50" in said and "quiz  20      dirty         20       100.00%\n" in said
+    assert "task   n  too short  contaminated  all  clean  not clean  not dirty  dirty\n" in said
+    assert "quiz  13          0        50.00%   50     20         30         30     20\n" in said
     assert "quiz 0: 100.0%, " in said and "document 0" in said
-    assert "| quiz | 13 | clean | 20 | 0.00% |" in (place / "out" / "contamination.md").read_text()
+    assert "| quiz | 20 | 0 | 50.00% | 50 | 20 | 30 | 30 | 20 |\n" in (place / "out" / "contamination.md").read_text()
 
 
 def test_scores_of_eval_make_z(place):
@@ -165,7 +166,7 @@ def test_scores_of_eval_make_z(place):
     assert "quiz: 45 of 50 questions are answered in answers" in said
     assert "quiz, n = 13: all four |Z| are above 2" in said and "quiz, n = 20: all" in said
     z = (0.75 - 0.5) / (0.125**0.5 / 20**0.5)
-    assert f"dirty         20       100.00%  75.00%  {z:+.2f}\n" in said
+    assert "  45: 50.00%  15: 0.00%, Z -" in said and f"  20: 75.00%, Z {z:+.2f}\n" in said
     (place / "quiz.jsonl").write_text('{"prompt": "Another question?", "answer": "1"}\n')
     failed = run(place, "contamination.py", *ARGS, "--answers=answers", ok=False).stderr
     assert failed.splitlines()[-1].endswith(": row 0 of quiz is not the question that is answered in answers")
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_the_old_results(place):
     before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
     directory = place / "data" / "planted"
     tokens, index = np.fromfile(directory / "train.bin", "<u2"), np.fromfile(directory / "train.idx", "<i8")
-    n = 4 * 10**7 // len(tokens)
+    n = 6 * 10**7 // len(tokens)
     shift = np.repeat(np.arange(n) * len(tokens), len(index) // 2)
     np.tile(tokens, n).tofile(directory / "train.bin")
     np.stack((np.tile(index[::2], n) + shift, np.tile(index[1::2], n)), 1).tofile(directory / "train.idx")
@@ -222,7 +223,7 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_the_old_results(place):
     (directory / "meta.json").write_text(json.dumps(meta))
     process = subprocess.Popen(command("contamination.py", *ARGS), cwd=place, env=ENV, stderr=subprocess.PIPE)
     said = b""
-    while b"%" not in said:
+    while b"MB/s" not in said:
         said += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     said += process.stderr.read()
