@@ -15,8 +15,8 @@ Z = (mean score of a subset - that of all) / (sigma / sqrt(n of the subset)), wi
 Contamination has changed a score where Z is below -2 for clean and not dirty questions, and above 2 for the others.
 
 Prints tables and examples, and writes out_dir/contamination.md and contamination-<task>.jsonl: for each question and n
-the share, and the longest match that was followed (one place is, for each n-gram, in the longest run of n-grams found):
-its length in tokens, the document's number in train.bin, and an excerpt of that.
+the share, and the longest match: its length in tokens, the document's number in train.bin, and an excerpt of that. Of the
+places where an n-gram stands, one in the longest run of such is looked at, so a longer match may be missed, if rarely.
 """
 
 from configurator import configure
@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import errors_name_file, exit_on_error, replace_files
-from loader import chunks, open_split
+from loader import chunks, open_split, spans
 from results import aligned, markdown_table, mean_of, percent, read_generations
 from tasks import find_tasks
 from tokenizer import check_file, load_encoding, read_meta
@@ -154,16 +154,11 @@ def longest_match(question, tokens, ends, places):
     documents of `places`, pairs of where the question, if it were there as a whole, would begin, and a place in it."""
     best = 0, 0, 0
     for begin, d in sorted({(begin, bisect_right(ends, place)) for begin, place in places}):
-        start, stop = (int(x) for x in np.clip((begin, begin + len(question)), *bounds(ends, d)))
+        start, stop = (int(x) for x in np.clip((begin, begin + len(question)), *spans(ends, d)))
         same = tokens[start:stop] == question[start - begin : stop - begin]
         for a, b in np.flatnonzero(np.diff(same, prepend=False, append=False)).reshape(-1, 2).tolist():
             best = max(best, (b - a, d, start + a), key=lambda match: match[0])
     return best
-
-
-def bounds(ends, d):
-    """Where document d begins and ends in the bin."""
-    return int(ends[d - 1]) if d else 0, int(ends[d])
 
 
 # ---- subsets ----
@@ -218,7 +213,7 @@ def matches_of(asked, grams, best, tokens, ends, encoding, files):
         length, d, place = longest_match(question, tokens, ends, places)
         line = {"tokens": len(question), "match": length}
         if length:
-            start, stop = np.clip((place - 8, place + length + 8), *bounds(ends, d))
+            start, stop = np.clip((place - 8, place + length + 8), *spans(ends, d))
             line |= {"document": d, "file": next((name for name, first in reversed(files) if first <= d), "")}
             line["excerpt"] = encoding.decode(tokens[start:stop].tolist())[:500]
         yield line
