@@ -15,7 +15,7 @@ Z = (mean score of a subset - that of all) / (sigma / sqrt(n of the subset)), wi
 Contamination has changed a score where Z is below -2 for clean and not dirty questions, and above 2 for the others.
 
 Prints tables and examples, and writes out_dir/contamination.md and contamination-<task>.jsonl: for each question and n
-the share, and the longest match: its length in tokens, the document's number in train.bin, and an excerpt of that. Of the
+the share, and the longest match: its length in tokens, the document's number in train.bin, and an excerpt. Of the
 places where an n-gram stands, one in the longest run of such is looked at, so a longer match may be missed, if rarely.
 """
 
