@@ -18,7 +18,7 @@ import types
 from contextlib import suppress
 from pathlib import Path
 
-SCRIPTS = ("train.py", "data.py", "sample.py", "eval.py", "hf.py", "plot.py", "bench.py", "bench_gpu.py")
+SCRIPTS = [f"{name}.py" for name in "train data sample eval hf plot contamination bench bench_gpu".split()]
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 

@@ -35,7 +35,7 @@ from ranks import print0
 from results import compare as compare_runs
 from results import figures_of, markdown, terminal
 from sweep import run_sweep
-from tasks import PAPER, find_task
+from tasks import find_tasks
 from tokenizer import condition_tags, encode_prompt, fingerprint, read_meta
 
 # ---- settings ----
@@ -76,12 +76,7 @@ def check_settings():
             raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
     if mcq not in ("token", "likelihood"):
         raise ValueError(f"mcq must be token or likelihood, not '{mcq}'")
-    asked = [name.strip() for name in tasks.split(",") if name.strip()]
-    names = [name for some in asked for name in (PAPER if some == "paper" else [some])]
-    found = {Path(name).stem: find_task(name) for name in names or [""]}  # one may be that of a file
-    if len(found) < len({*names}):
-        raise ValueError(f"two of the tasks have the same name: {tasks}")
-    return found
+    return find_tasks(tasks)
 
 
 def fingerprint_of_model(source):

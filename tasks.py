@@ -312,3 +312,13 @@ def find_task(name):
         known = f"{', '.join(TASKS)}, paper (the first {len(PAPER)}), or a .jsonl file of rows with prompt and answer"
         raise ValueError(f"there is no task '{name}': --tasks names one or more of {known}")
     return TASKS.get(name) or Task(from_rows(name)(prompt_and_answer), scorers.same_answer)
+
+
+def find_tasks(tasks):
+    """{the name that its files get: task} of a setting. Raises ValueError, where find_task() does."""
+    asked = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = [name for some in asked for name in (PAPER if some == "paper" else [some])]
+    found = {Path(name).stem: find_task(name) for name in names or [""]}  # one may be that of a file
+    if len(found) < len({*names}):
+        raise ValueError(f"two of the tasks have the same name: {tasks}")
+    return found

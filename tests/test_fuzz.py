@@ -506,6 +506,7 @@ START = {  # the shortest run of a script
     "eval.py": ["--max_new_tokens=2", "--limit=2"],
     "hf.py": [],
     "plot.py": [],
+    "contamination.py": ["--tasks=problems", "--limit=2"],
 }
 # Large values of these ask for as much work or memory, and get it.
 WORK = "max_iters epochs n_problems n_val_problems num_samples compile n_embd n_layer n_head H_cycles L_cycles".split()
