@@ -9,7 +9,7 @@ from importlib.machinery import all_suffixes
 from scripts import ENV, ROOT, TINY, run
 
 ROOMS = "configurator common devices attention model optim tokenizer generate hf ranks checkpoint report plot".split()
-ROOMS += "sources loader data scorers tasks train sample evaluate results sweep eval bench".split()
+ROOMS += "sources loader look data scorers tasks train sample evaluate results sweep eval bench".split()
 ROOMS += "checks isolate bench_gpu lm_eval_hrm".split()  # the last needs an extra
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
 EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb math_verify lm_eval".split()
