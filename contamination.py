@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import errors_name_file, exit_on_error, replace_files
+from common import exit_on_error, replace_files
 from loader import chunks, open_split, spans
 from results import aligned, markdown_table, mean_of, percent, read_generations
 from tasks import find_tasks
@@ -229,9 +229,8 @@ def main():
     for file in "train.bin", "train.idx":
         check_file(directory, file, meta)
     tokens, ends, _ = open_split(directory, "train")
-    with errors_name_file(directory / "meta.json"):
-        sizes = [file["train"]["documents"] for file in meta.get("files", ())]
-        files = [(str(file["name"]), sum(sizes[:i])) for i, file in enumerate(meta.get("files", ()))]
+    sizes = [file["train"]["documents"] for file in meta["files"]]
+    files = [(file["name"], sum(sizes[:i])) for i, file in enumerate(meta["files"])]
     answered = read_generations(answers) if answers else dict.fromkeys(chosen)
     if lacking := [name for name in chosen if name not in answered]:
         raise ValueError(f"{answers} has no generations-{lacking[0]}.jsonl: run eval.py with --save_generations=True")

@@ -4,6 +4,7 @@
     python data.py config/gsm8k.py                   # GSM8K from the Hugging Face hub -> data/gsm8k
     python data.py config/hrm1b.py                   # a mixture of hundreds of files: see mixture.py
     python data.py --dataset=mine --source=pairs.jsonl --tokenizer=gpt2
+    python data.py --dataset=mine --inspect=5        # five of its documents, and how rows are packed
 
 data/<dataset>/ then holds, for the splits train and val, <split>.bin and <split>.idx (see loader.py), meta.json,
 tokenizer.tiktoken, and report.md. No file imports this one: a directory data/ with an __init__.py would be taken for
@@ -59,16 +60,18 @@ skip_bad = False  # leave malformed and empty rows out and count them; otherwise
 n_problems = 40000  # how many word problems to make for training
 n_val_problems = 1000  # and for validation
 tokenizer = "bytes"  # or train:4096, a tiktoken encoding, a BPE file in its format, a model's directory or hub id
-pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges; "": words, digits, punctuation
+pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges: a regex; hrm: the published; "": ours
+normalizer = ""  # of a BPE file or a trained BPE: NFC, as the published has, or none
 block_size = 1024  # context: a document may have one token more
 too_long = "truncate"  # longer documents; or "drop" (as always if the instruction alone is longer), or "stop"
 batch_size = 0  # of train.py; with max_iters, report.md has how many epochs they make
 max_iters = 0
+inspect = 0  # so many documents of the prepared dataset are shown, and nothing is made
 workers = 0  # processes, or threads for a small source; 0: one per core
 seed = 1337
 settings = configure(globals())
 
-NOT_KEPT = {"dataset", "workers", "batch_size", "max_iters"}  # by a dataset that is made
+NOT_KEPT = {"dataset", "inspect", "workers", "batch_size", "max_iters"}  # by a dataset that is made
 SAVE_EVERY = 5  # seconds, but whole files only
 SMALL = 2**26  # bytes of a source for which no processes are started
 
@@ -130,7 +133,7 @@ def start_or_go_on(new, parts, o):
         print(f"{new.parent} holds what other settings made, and begins anew")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    encoding = make_encoding(o.tokenizer, o.pat_str, sample_texts(parts, o.seed))
+    encoding = make_encoding(o.tokenizer, o.pat_str, sample_texts(parts, o.seed), o.normalizer)
     save_encoding(encoding, new)
     return encoding, []
 
@@ -314,4 +317,9 @@ if __name__ == "__main__":
             raise ValueError(f"give the data of {source} a name of their own with --dataset")
         if directory.parent != Path("data") or dataset == "..":
             raise ValueError(f"dataset is the name of a directory in data/, not a path: '{dataset}'")
-        print(report(directory, prepare(directory)))
+        if inspect:
+            from look import show  # which needs torch
+
+            show(directory, inspect, block_size, seed)
+        else:
+            print(report(directory, prepare(directory)))

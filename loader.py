@@ -34,8 +34,10 @@ def read_index(directory, split):
 def open_split(directory, split):
     """(tokens, ends, prefixes) of a split, memory-mapped: document d is tokens[ends[d - 1] : ends[d]], the first of all
     begins at 0, and prefixes[d] of its ids are the prefix. Raises ValueError if the files cannot be right."""
-    dtype, bin = np.dtype(read_meta(directory)["dtype"]), Path(directory, f"{split}.bin")
-    ends, prefixes = read_index(directory, split).T
+    meta, bin = read_meta(directory), Path(directory, f"{split}.bin")
+    dtype, (ends, prefixes) = np.dtype(meta["dtype"]), read_index(directory, split).T
+    if len(ends) != (want := meta["splits"][split]["documents"]):
+        raise ValueError(f"{bin.with_suffix('.idx')} is damaged: it has {len(ends):,} documents, not {want:,}")
     for first, starts, stops in chunks(ends):
         n_prefix = prefixes[first : first + len(starts)]
         valid = (starts < stops) & (1 <= n_prefix) & (n_prefix < stops - starts)
@@ -116,10 +118,7 @@ class Loader:
         self.own_rows = slice(rank, None, world_size)
         meta, self.bin = read_meta(directory), Path(directory, f"{split}.bin")
         self.tokens, self.ends, self.prefixes = open_split(directory, split)
-        whole = [{"cap": 0, "repeat": 1, **meta["splits"]}]
-        self.split, self.files, self.vocab_size = split, meta.get("files", whole), meta["vocab_size"]
-        if sum(file[split]["documents"] for file in self.files) != len(self.ends):
-            raise ValueError(f"{directory}: meta.json tells of another number of documents than {split}.idx")
+        self.split, self.files, self.vocab_size = split, meta["files"], meta["vocab_size"]
         self.dtype = np.uint32 if len(self.ends) < 2**32 else np.int64  # of documents
         n_fitting = n_tokens = n_drawn = 0  # n_tokens: of an epoch
         for file, documents in zip(self.files, self._fitting()):

@@ -10,10 +10,12 @@ import base64
 import hashlib
 import math
 import os
+import random
 import re
 import unicodedata
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +27,8 @@ CONDITIONS |= {"noisy": "<|quad_start|>", "synth": "<|quad_end|>"}
 SPECIAL = {"boq": "<|im_start|>", "eoq": "<|im_end|>", "eoa": "<|box_end|>", **CONDITIONS}  # as in the published model
 FILES = ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.tiktoken")  # of a dataset
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words, single digits, punctuation, space: no merge crosses
+HRM_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+HRM_SPLIT += r"|\s+(?!\S)|\s+"  # of the published model, with the normalizer NFC
 
 
 # ---- the document format ----
@@ -120,12 +124,8 @@ class Encoding:
         """The ids of a text. What spells a special token is plain text. Raises ValueError."""
         if too_blank(text):
             raise ValueError(f"{MAX_BLANKS:,} blanks in a row are too many for the tokenizer")
-        try:
+        with panics_blame(self.pat_str, text):
             return self.tiktoken.encode_ordinary(self.normalize(text)) if text else []
-        except BaseException as e:
-            if type(e).__name__ != "PanicException":  # of Rust; it is no Exception
-                raise
-            raise ValueError(f"the regex {self.pat_str[:99]!r} fails on {text[:20]!r}") from None
 
     encode_ordinary = encode  # as in tiktoken
 
@@ -150,6 +150,17 @@ class Encoding:
         return self
 
 
+@contextmanager
+def panics_blame(pat_str, text):
+    """A panic of Rust inside becomes a ValueError: the regex fails on this text."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":  # it is no Exception
+            raise
+        raise ValueError(f"the regex {pat_str[:99]!r} fails on {text[:20]!r}") from None
+
+
 def too_blank(text):
     """Whether a run of white space may be longer than the regexes of tiktoken and rustbpe bear."""
     return len(text) >= MAX_BLANKS and re.search(rf"(?<!\s)\s{{{MAX_BLANKS}}}", text) is not None
@@ -162,22 +173,28 @@ def same_tokenizer(a, b):
 
 
 # ---- making, saving and loading Encodings ----
-def make_encoding(tokenizer, pat_str="", texts=None):
+MAX_CHARS = 2**14  # of a text that a tokenizer is trained on
+MAX_TRAINING_CHARS = 2**29  # of all: rustbpe's counts of pairs of bytes, up to four per character, stay below 2^31
+MAX_DISTINCT_BYTES = 2**25  # of words, each counted once: keeps memory below 4 GB and time below 10 minutes
+
+
+def make_encoding(tokenizer, pat_str="", texts=None, normalizer=""):
     """The setting `tokenizer` -> an Encoding: "bytes" (every byte is a token), "train:4096" (a BPE of that many ids
-    trained on texts), a directory, a hub id, a BPE file in tiktoken's format, or the name of one of tiktoken's."""
-    split = pat_str or SPLIT
+    trained on texts), a directory, a hub id, a BPE file in tiktoken's format, or the name of one of tiktoken's.
+    `pat_str` ("": ours, "hrm": the published one) and `normalizer` ("" or "NFC") are for a BPE of texts or a file."""
+    split, normalizer = {"": SPLIT, "hrm": HRM_SPLIT}.get(pat_str, pat_str), normalizer or None
     if tokenizer == "bytes":
         encoding = Encoding("bytes", BYTES, r"[\s\S]", {})
     elif tokenizer.startswith("train:"):
         size, least = tokenizer.removeprefix("train:"), 256 + len(SPECIAL)
         if not size.isdecimal() or not least <= int(size) < 2**31:
             raise ValueError(f"tokenizer={tokenizer}: write train: and a vocabulary size from {least} to 2^31 - 1")
-        Encoding(tokenizer, BYTES, split, {}).checked()  # the regex, before the training, which takes a while
-        encoding = Encoding(tokenizer, train_ranks(texts, int(size), split), split, {})
+        base = Encoding(tokenizer, BYTES, split, {}, normalizer).checked()  # before the training, which takes a while
+        encoding = Encoding(tokenizer, train_ranks(base, texts, int(size)), split, {}, normalizer)
     elif os.path.isdir(tokenizer) or (tokenizer.count("/") == 1 and not os.path.exists(tokenizer)):
         encoding = load_encoding(local_directory(tokenizer, "*.json"))
     elif os.path.exists(tokenizer):
-        encoding = Encoding(Path(tokenizer).name, read_ranks(tokenizer), split, {})
+        encoding = Encoding(Path(tokenizer).name, read_ranks(tokenizer), split, {}, normalizer)
     else:
         import tiktoken
 
@@ -199,16 +216,34 @@ def with_special_tokens(encoding):
     return Encoding(encoding.name, encoding.ranks, encoding.pat_str, special_tokens, encoding.normalizer)
 
 
-def train_ranks(texts, vocab_size, pat_str):
-    """{bytes: rank} of a BPE trained on the first million texts; with the special tokens it has vocab_size ids."""
+def train_ranks(encoding, texts, vocab_size):
+    """{bytes: rank} of a BPE trained on texts that `encoding` normalizes and splits. With the special tokens it has
+    vocab_size ids, or fewer where the texts hold no more pairs. The same texts give the same ranks."""
     try:
         import rustbpe
     except ImportError:
         raise ValueError("to train a tokenizer, pip install rustbpe") from None
     bpe, progress = rustbpe.Tokenizer(), tqdm(texts, desc="training the tokenizer", unit=" texts")
-    progress = (text for text in progress if not too_blank(text))
-    bpe.train_from_iterator(islice(progress, 10**6), vocab_size - len(SPECIAL), pattern=pat_str)
+    sample, size = training_sample(encoding, progress), vocab_size - len(SPECIAL)
+    with progress, panics_blame(encoding.pat_str, "a text"):
+        bpe.train_from_iterator(sample, size, buffer_size=1024, pattern=encoding.pat_str)
     return {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+
+
+def training_sample(encoding, texts):
+    """Yields the beginnings of texts, normalized, until they hold MAX_TRAINING_CHARS or MAX_DISTINCT_BYTES of words: it
+    estimates the latter from one text in eight. rustbpe needs up to 80 bytes of memory for each of them."""
+    rng, n_chars, words, n_bytes = random.Random(0), 0, set(), 0
+    for text in texts:
+        text = encoding.normalize(text[:MAX_CHARS])
+        n_chars += len(text)
+        if rng.random() < 1 / 8:
+            new = {*re.findall(r"[^\W\d_]+|[^\w\s]+", text)} - words
+            words |= new
+            n_bytes += 8 * len("".join(new).encode())
+        if n_chars > MAX_TRAINING_CHARS or n_bytes > MAX_DISTINCT_BYTES:
+            return
+        yield text
 
 
 def read_ranks(path):
@@ -269,10 +304,14 @@ def read_meta(directory):
         for counts in meta["splits"]["train"], meta["splits"]["val"]:
             check_types(counts, documents=int, tokens=int, conditions=dict)
             check_types(counts["conditions"], **dict.fromkeys(counts["conditions"], int))
-        for file in meta.get("files", []):
+        whole = {"name": "", "group": "", "cap": 0, "repeat": 1, **meta["splits"]}  # as before there were mixtures
+        for file in meta.setdefault("files", [whole]):
             check_types(file, name=str, group=str, cap=int, repeat=int, train=dict, val=dict)
             for counts in file["train"], file["val"]:
                 check_types(counts, documents=int, tokens=int)
+        for split in "train", "val":
+            if sum(file[split]["documents"] for file in meta["files"]) != meta["splits"][split]["documents"]:
+                raise ValueError(f"its files have not as many {split} documents as it has in all")
         if meta["dtype"] != token_dtype(meta["vocab_size"]):
             raise ValueError(f"dtype is {meta['dtype']} for {meta['vocab_size']} ids")
     return meta

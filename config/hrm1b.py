@@ -23,6 +23,8 @@ mixture = [  # documents of each file per epoch; the first rule that fits counts
     dict(files=("webinstruct_verified.jsonl", "no_robots.jsonl"), repeat=10),
 ]
 tokenizer = "train:65536"
+pat_str = "hrm"  # split and normalized as for the published model
+normalizer = "NFC"
 val_fraction = 0.0001
 skip_bad = True  # and count
 

@@ -350,7 +350,7 @@ def test_a_place_that_is_not_there_is_refused(varied, change):
 
 def test_the_loader_holds_four_bytes_per_document(varied, tmp_path):
     meta = json.loads((varied / "meta.json").read_text())
-    meta["files"][0]["train"]["documents"] = 10**6
+    meta["files"][0]["train"]["documents"] = meta["splits"]["train"]["documents"] = 10**6
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     n, lengths = 10**6, np.random.default_rng(0).integers(10, 300, 10**6)
     np.stack((lengths.cumsum(), lengths // 2), axis=1).tofile(tmp_path / "train.idx")

@@ -2,15 +2,22 @@
 
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripts import ENV, ROOT
 
+import tokenizer as tokenizer_py
 from data import prepare
 from hf import encoding_to_hf, save_hf_tokenizer, write_json
 from sources import word_problems
 from tokenizer import (
     BYTES,
+    HRM_SPLIT,
     SPECIAL,
     SPLIT,
     Encoding,
@@ -64,6 +71,74 @@ def test_trained_tokenizer_round_trips_and_has_the_size_asked_for(tmp_path):
         assert again.decode(again.encode_ordinary(text)) == text
         assert again.encode_ordinary(text) == from_file.encode_ordinary(text)
     assert again.special_tokens == encoding.special_tokens == from_file.special_tokens
+
+
+def trained(texts, size=600, **options):
+    """The ranks of a tokenizer that is trained on texts."""
+    pytest.importorskip("rustbpe")
+    return make_encoding(f"train:{size}", texts=texts, **options).ranks
+
+
+def test_the_same_texts_give_the_same_tokenizer():
+    """Whatever the number of threads, and the seed of Python's hashes."""
+    pytest.importorskip("rustbpe")
+    code = "import hashlib; from sources import *; from tokenizer import *; rows = word_problems('train', 3000, 0)\n"
+    code += "e = make_encoding('train:400', 'hrm', (row['instruction'] for row in rows), 'NFC')\n"
+    code += "print(e.n_vocab, hashlib.sha256(repr(e.ranks).encode()).hexdigest())"
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    threads = [{**env, "RAYON_NUM_THREADS": n, "PYTHONHASHSEED": n} for n in "13"]
+    first, second = (subprocess.check_output([sys.executable, "-c", code], env=e, stderr=-3) for e in threads)
+    assert first == second and first.startswith(b"400 ")
+
+
+def test_a_tokenizer_is_trained_on_the_beginnings_of_texts(monkeypatch):
+    texts = [text + "the end " * 50 for text in CORPUS for _ in range(3)]
+    monkeypatch.setattr(tokenizer_py, "MAX_CHARS", 40)
+    assert trained(texts) == trained([text[:40] for text in texts]) != trained(CORPUS)
+
+
+def test_training_reads_no_more_than_it_may(monkeypatch):
+    """So many characters, or so many bytes of different words; as many equal ones as there are."""
+
+    def n_read(texts):
+        texts = iter(texts)
+        trained(text for text in texts)
+        return 3000 - len([*texts])
+
+    words = [f"{a}{b}{c}" for a in "abcdefghijklmno" for b in "éèàùâêîôûç" for c in "klmnopqrstuvwxyzKLMN"]
+    monkeypatch.setattr(tokenizer_py, "MAX_DISTINCT_BYTES", 4000)
+    assert 700 < n_read(words) < 1500  # of 4 bytes each
+    assert n_read(["again and again"] * 3000) == 3000
+    monkeypatch.setattr(tokenizer_py, "MAX_TRAINING_CHARS", 1500)
+    assert n_read(["again and again"] * 3000) == 101
+
+
+def test_a_tokenizer_with_the_published_split_and_normalizer(tmp_path, tokenizers):
+    """It learns from composed text, and is theirs in their format."""
+    texts = [*CORPUS, *[unicodedata.normalize("NFD", UNICODE)] * 20]
+    options = dict(pat_str="hrm", normalizer="NFC")
+    assert trained(texts, **options) == trained([unicodedata.normalize("NFC", text) for text in texts], **options)
+    assert trained(texts, **options) != trained(texts, pat_str="hrm")
+    encoding = make_encoding("train:600", texts=texts, **options)
+    assert (encoding.pat_str, encoding.normalizer, encoding.n_vocab) == (PUBLISHED_SPLIT, "NFC", 600)
+    save_hf_tokenizer(encoding, tmp_path)
+    same_ids(encoding, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), [*texts, UNICODE])
+    assert same_tokenizer(load_encoding(tmp_path), encoding)
+    with pytest.raises(ValueError, match="normalizer 'NFKC'; only NFC"):
+        make_encoding("train:600", texts=texts, normalizer="NFKC")
+
+
+@given(st.text(), st.binary())
+def test_any_text_and_any_bytes_come_back(text, some):
+    for split in SPLIT, HRM_SPLIT:
+        encoding = Encoding("pairs", {**BYTES, b"th": 256, b" th": 257, b"\xc3\xa9": 258, b"\r\n": 259}, split, {})
+        assert encoding.decode(encoding.encode(text)) == text
+    assert b"".join(encoding.decode_single_token_bytes(encoding.ranks[bytes([i])]) for i in some) == some
+
+
+def test_a_regex_that_fails_in_training_is_an_error():
+    with pytest.raises(ValueError, match="the regex .* fails on 'a text'"):
+        trained(["ab" * 9999], pat_str=r"(?:a|b|ab)+(?=c)|[\s\S]")
 
 
 @pytest.mark.parametrize("wrong", ["train:12", "train:x", "no_such_encoding"])
