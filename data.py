@@ -91,7 +91,7 @@ def prepare(directory, **changes):
         other = ", ".join(sorted(held - written)[:3])
         what = f"holds what data.py did not write ({other})" if other else "is no prepared dataset"
         raise ValueError(f"{directory} exists and {what}; choose another name with --dataset")
-    for key, least in dict(n_problems=1, n_val_problems=0, block_size=1, workers=0).items():
+    for key, least in dict(n_problems=1, n_val_problems=0, block_size=1, workers=0, inspect=0).items():
         if vars(o)[key] < least:
             raise ValueError(f"{key} must be at least {least}, not {vars(o)[key]}")
     if not 0 <= o.val_fraction < 1:
