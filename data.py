@@ -233,7 +233,7 @@ def write_bins(new, parts, files, encoding, o):
         known = dict(total=sum(sizes) or None, initial=sum(sizes[: len(files)]), unit="B", unit_scale=True)
         desc, often = f"preparing {new.parent.with_suffix('')}", 0.1 if sys.stderr.isatty() else 10
         bar = stack.enter_context(tqdm(**known, desc=desc, mininterval=often))
-        started, at_start = time.monotonic(), sum(ends.values())
+        started, n_tokens = time.monotonic(), 0
         for size, (i, *_), made in results:
             if i == len(files):  # a part begins
                 if time.monotonic() > saved + SAVE_EVERY:
@@ -246,7 +246,8 @@ def write_bins(new, parts, files, encoding, o):
                 out[f"{split}.bin"].write(ids)
                 out[f"{split}.idx"].write(index.tobytes())
                 add_counts(files[i][split], counts)
-            speed = (sum(ends.values()) - at_start) / (time.monotonic() - started)
+                n_tokens += counts["text_tokens"]
+            speed = n_tokens / (time.monotonic() - started)
             bar.set_postfix_str(f"file {i + 1:,} of {len(parts):,}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(size)
         sync(out.values())

@@ -8,6 +8,7 @@ block_size = 1024
 n_layer = 2  # one block in each stack, applied 2 and 6 times
 n_head = 2
 n_embd = 64
+bp_max = 3  # instead of 5: quicker, and as accurate
 max_iters = 2600
 learning_rate = 3e-3
 warmup_iters = 50

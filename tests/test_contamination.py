@@ -220,11 +220,14 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_the_old_results(place):
     np.stack((np.tile(index[::2], n) + shift, np.tile(index[1::2], n)), 1).tofile(directory / "train.idx")
     meta = json.loads((directory / "meta.json").read_text())
     meta["checksums"] |= {name: fingerprint(directory / name) for name in ("train.bin", "train.idx")}
+    for counts in meta["splits"]["train"], meta["files"][0]["train"]:
+        counts["documents"] *= n
     (directory / "meta.json").write_text(json.dumps(meta))
     process = subprocess.Popen(command("contamination.py", *ARGS), cwd=place, env=ENV, stderr=subprocess.PIPE)
     said = b""
     while b"MB/s" not in said:
-        said += process.stderr.read(1)
+        said += (byte := process.stderr.read(1))
+        assert byte, said
     process.send_signal(signal.SIGINT)
     said += process.stderr.read()
     assert process.wait() == 1 and b"Traceback" not in said
