@@ -28,7 +28,7 @@ from pathlib import Path
 
 import ranks
 from checkpoint import checkpoints
-from common import errors_name_file, exit_on_error, local_directory, replace_file
+from common import errors_name_file, exit_on_error, local_directory, one_line, replace_file
 from evaluate import finish, plan, run
 from generate import load_for_inference
 from ranks import print0
@@ -110,7 +110,15 @@ def score_tasks():
     chosen, source, directory = check_settings(), local_directory(init_from or out_dir), Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     options = dict(source=source, data_dir=data_dir, limit=limit)
-    questions = {name: task.questions(**options)[: limit or None] for name, task in chosen.items()}
+    questions = {}
+    for name, task in [*chosen.items()]:
+        try:
+            questions[name] = task.questions(**options)[: limit or None]
+        except FileNotFoundError as e:
+            if len(chosen) == 1:
+                raise
+            print0(f"{name} is left out: {one_line(e)}")
+            del chosen[name]
     if empty := [name for name in chosen if not questions[name]]:
         raise ValueError(f"the task {empty[0]} has no questions")
     how = average, device, dtype, compile, condition, H_cycles, L_cycles, guidance
@@ -119,11 +127,12 @@ def score_tasks():
     common = {key: value for key, value in settings.items() if key not in NO_MATTER}
     common |= dict(model=fingerprint_of_model(source), dtype=str(model.compute_dtype), device=model.embed.device.type)
     common["scorers"] = [fingerprint(Path(__file__).with_name(f"{name}.py")) for name in ("tasks", "scorers")]
+    ranks.check_agreement(dict(questions={name: len(q) for name, q in questions.items()}, model=common["model"]))
     for name, task in chosen.items():
         tags, most_new = condition_of(name, task, source, own), task.max_new_tokens
         if most_new != 1:
             longest = max(len(encode_prompt(encoding, str(q.truth))) for q in questions[name])
-            most_new = max_new_tokens or most_new or 2 * longest
+            most_new = max_new_tokens or most_new or max(task.min_limit, 2 * longest)
         n_samples = (samples or task.samples) if task.temperature else 1
         of_all = encoding, tags, model.config.block_size, most_new, n_samples, mcq
         plans[name] = plan(name, task, questions[name], *of_all)

@@ -358,6 +358,20 @@ def test_what_is_written(main, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.md", "generations-quiz.jsonl"]
 
 
+def test_one_token_truths_leave_room_for_working(main, tmp_path, monkeypatch, capsys):
+    """And a task without rows does not stop the others."""
+    limits = []
+    answer = stream_of([b"2\0"])
+    monkeypatch.setattr(evaluate, "stream", lambda m, p, most, **o: limits.extend(most) or answer(m, p, most))
+    (tmp_path / "letters.jsonl").write_text('{"prompt": "1 or 2?", "answer": "2"}\n')
+    model = tiny_model(block_size=512)
+    monkeypatch.setattr(evaluation, "load_for_inference", lambda *_: (model, make_encoding("bytes"), ""))
+    assert main(tasks="gsm8k,letters.jsonl", data_dir=str(tmp_path)) == "done" and limits == [256]
+    assert f"gsm8k is left out: there is no directory {tmp_path}/gsm8k" in (said := capsys.readouterr().out)
+    assert "letters  1  100.00%" in said
+    assert main(tasks="letters.jsonl", max_new_tokens=7) == "done" and limits == [256, 7]
+
+
 def test_ctrl_c_shows_what_is_done_and_keeps_it(main, tmp_path, monkeypatch, capsys):
     steps = iter(range(100))
     stop = lambda: next(steps) >= 4  # noqa: E731
@@ -372,7 +386,7 @@ def test_ctrl_c_shows_what_is_done_and_keeps_it(main, tmp_path, monkeypatch, cap
     assert main() == "done" and "3 answers are kept from an earlier run, 6 are left" in capsys.readouterr().out
 
 
-def test_settings_that_cannot_be(main, monkeypatch):
+def test_settings_that_cannot_be(main, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "load_for_inference", None)  # refused before the model is loaded
     bounds = (
         ("limit", -1, 0),
@@ -385,9 +399,12 @@ def test_settings_that_cannot_be(main, monkeypatch):
         good = evaluation.settings[key]
         assert main(**{key: value}) == f"{key} must be at least {least}, not {value}"
         main(**{key: good, "tasks": ""})
-    for names in "", " ,", "quizz":
-        assert "there is no task '" in main(tasks=names)
+    for names in "", " ,":
+        assert main(tasks=names).startswith("no task is given: --tasks names one or more of gsm8k, math, ")
+    assert "there is no task 'quizz'" in main(tasks="quizz")
     assert main(tasks="empty") == "the task empty has no questions"
+    assert main(tasks="no/such.jsonl,nor/that.jsonl") == "there is no file nor/that.jsonl"
+    assert "such is left out: there is no file no/such.jsonl" in capsys.readouterr().out
     assert main(mcq="letter") == "mcq must be token or likelihood, not 'letter'"
 
 
@@ -409,6 +426,14 @@ def test_figures_have_their_errors():
     lines = [line(i, float(i % 4 == 0), **{}) | {"group": "large" if i < 8 else "small"} for i in range(10)]
     row = results.figures_of(FREE._replace(macro=True), lines, 0)
     assert row["accuracy"] == 0.3 and row["figures"]["macro"][0] == pytest.approx((2 / 8 + 1 / 2) / 2)
+    assert row["figures"]["macro"][1] == pytest.approx((1 / 4 * 3 / 4 / 7 + 1 / 4) ** 0.5 / 2)
+    # a group of one varies as questions of the others do, on average; where all are of one, nothing is known
+    scores = {"a": [0.0, 1.0], "b": [0.0, 0.0, 1.0], "c": [1.0], "d": [0.0]}
+    some = [line(i, x) | {"group": g} for i, (g, x) in enumerate((g, x) for g, xs in scores.items() for x in xs)]
+    pooled = (1 / 2 + 2 / 3) / 3
+    for rows, macro in (some, [11 / 24, ((1 / 4 + 1 / 9 + 2 * pooled) / 16) ** 0.5]), (some[5:], [0.5, None]):
+        found = results.figures_of(FREE._replace(macro=True), rows, 0)["figures"]["macro"]
+        assert found == pytest.approx(macro)
     # samples: an error is one over questions
     lines = [line(i, float(s < i), "t" if s < i else f"{s}") | {"sample": s} for i in range(3) for s in range(20)]
     row = results.figures_of(FREE, lines, 0)
