@@ -145,23 +145,22 @@ def score_tasks():
 
 def main(keep=False):
     """Evaluate, print and write. Returns the table. keep: the answers, for the same command once more."""
-    with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
-        table, lines, n_asked = score_tasks()
-        n_answers = sum(map(len, lines.values()))
-        if n_answers < n_asked:
-            print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
-        if table:
-            print0(terminal(table))
-        if n_answers < n_asked:
-            ranks.shutdown(INTERRUPTED * ranks.master)
-        if ranks.master:
-            about = f"{init_from or out_dir}, `--tasks={tasks}`"
-            content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
-            for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
-                with errors_name_file(path := Path(out_dir, name), "could not be written"):
-                    replace_file(path, text.encode())
-                print0(f"written to {path}")
-            finish(Path(out_dir), table, lines, save_generations, keep)
+    table, lines, n_asked = score_tasks()
+    n_answers = sum(map(len, lines.values()))
+    if n_answers < n_asked:
+        print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
+    if table:
+        print0(terminal(table))
+    if n_answers < n_asked:
+        ranks.shutdown(INTERRUPTED * ranks.master)
+    if ranks.master:
+        about = f"{init_from or out_dir}, `--tasks={tasks}`"
+        content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
+        for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
+            with errors_name_file(path := Path(out_dir, name), "could not be written"):
+                replace_file(path, text.encode())
+            print0(f"written to {path}")
+        finish(Path(out_dir), table, lines, save_generations, keep)
     return table
 
 
@@ -183,9 +182,10 @@ if __name__ == "__main__":
             ranks.start("cpu", timedelta(days=9))  # ranks exchange answers alone; some have many more to give
             if not ranks.master:
                 sys.stdout = open(os.devnull, "w")
-            if sweep:
-                run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
-            else:
-                main()
+            with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
+                if sweep:
+                    run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
+                else:
+                    main()
             if ranks.world_size > 1:
                 ranks.shutdown(status=0)
