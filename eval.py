@@ -11,8 +11,13 @@
 Prints a table and writes out_dir/eval.json and eval.md; with save_generations also out_dir/generations-<task>.jsonl. A
 generation without an answer is reported as invalid, one that reaches max_new_tokens or the end of the context as cut
 off. A prompt too long for the context loses its last shots, one by one, and is counted as shortened; one that is too
-long without any is counted as over-long, and wrong. Ctrl-C prints the table so far; answers are kept in out_dir as they
-come, and the same command goes on with the rest.
+long without any is counted as over-long, and wrong. A task whose rows are not in data_dir is left out, unless it is the
+only one. Ctrl-C prints the table so far; answers are kept in out_dir as they come, and the same command goes on with
+the rest.
+
+With --mcq=likelihood the answer is the choice whose tokens have the largest sum of log p right after the prompt: with
+no space before it, as responses have none, without eoa, and not divided by its length, as choices are letters. So does
+acc of lm-evaluation-harness, by lm_eval_hrm.py with --apply_chat_template; without that it puts a space before a letter.
 """
 
 from configurator import configure

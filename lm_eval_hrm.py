@@ -96,7 +96,7 @@ class HRMForHarness(LM):
             if n:
                 same.setdefault(((*prefix, *response)[:-1], len(prefix), n), []).append(i)
         reads = [*same]
-        packed = read_packed(self.model, reads, batch_tokens=self.block_size)  # a row at a time, as its logits are many
+        packed = read_packed(self.model, reads)
         for read, logits in tqdm(packed, "likelihoods", len(reads), unit=" texts", disable=disable_tqdm):
             log_p, best = logits.log_softmax(-1).cpu(), logits.argmax(-1).tolist()
             for i in same[reads[read]]:

@@ -118,11 +118,11 @@ def test_likelihoods_of_choices(tmp_path, choices):
 
 def test_rows_are_well_filled():
     lengths = [100 + i % 700 for i in range(2000)]
-    batches = [*evaluate.batches_of_rows(lengths, 4096, 2**14)]
+    batches = [*evaluate.batches_of_rows(lengths, 1024)]
     numbers = [i for rows in batches for row in rows for i in row]
     assert sorted(numbers) == [*range(2000)]
     sizes = [(len(rows), max(sum(lengths[i] for i in row) for row in rows)) for rows in batches]
-    assert all(T <= 4096 and n * T <= 2**14 for n, T in sizes)
+    assert all(T <= 1024 and n * T <= 2**12 for n, T in sizes)
     assert sum(lengths) > 0.9 * sum(n * T for n, T in sizes)
 
 
