@@ -17,7 +17,7 @@ the rest.
 
 With --mcq=likelihood the answer is the choice whose tokens have the largest sum of log p right after the prompt: with
 no space before it, as responses have none, without eoa, and not divided by its length, as choices are letters. So does
-acc of lm-evaluation-harness, by lm_eval_hrm.py with --apply_chat_template; without that it puts a space before a letter.
+acc of lm-evaluation-harness, by lm_eval_hrm.py with --apply_chat_template; without that it puts a space before them.
 """
 
 from configurator import configure
