@@ -11,8 +11,13 @@
 Prints a table and writes out_dir/eval.json and eval.md; with save_generations also out_dir/generations-<task>.jsonl. A
 generation without an answer is reported as invalid, one that reaches max_new_tokens or the end of the context as cut
 off. A prompt too long for the context loses its last shots, one by one, and is counted as shortened; one that is too
-long without any is counted as over-long, and wrong. Ctrl-C prints the table so far; answers are kept in out_dir as they
-come, and the same command goes on with the rest.
+long without any is counted as over-long, and wrong. A task whose rows are not in data_dir is left out, unless it is the
+only one. Ctrl-C prints the table so far; answers are kept in out_dir as they come, and the same command goes on with
+the rest.
+
+With --mcq=likelihood the answer is the choice whose tokens have the largest sum of log p right after the prompt: with
+no space before it, as responses have none, without eoa, and not divided by its length, as choices are letters. So does
+acc of lm-evaluation-harness, by lm_eval_hrm.py with --apply_chat_template; without that it puts a space before them.
 """
 
 from configurator import configure
@@ -28,7 +33,7 @@ from pathlib import Path
 
 import ranks
 from checkpoint import checkpoints
-from common import errors_name_file, exit_on_error, local_directory, replace_file
+from common import errors_name_file, exit_on_error, local_directory, one_line, replace_file
 from evaluate import finish, plan, run
 from generate import load_for_inference
 from ranks import print0
@@ -105,7 +110,15 @@ def score_tasks():
     chosen, source, directory = check_settings(), local_directory(init_from or out_dir), Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     options = dict(source=source, data_dir=data_dir, limit=limit)
-    questions = {name: task.questions(**options)[: limit or None] for name, task in chosen.items()}
+    questions = {}
+    for name, task in [*chosen.items()]:
+        try:
+            questions[name] = task.questions(**options)[: limit or None]
+        except FileNotFoundError as e:
+            if len(chosen) == 1:
+                raise
+            print0(f"{name} is left out: {one_line(e)}")
+            del chosen[name]
     if empty := [name for name in chosen if not questions[name]]:
         raise ValueError(f"the task {empty[0]} has no questions")
     how = average, device, dtype, compile, condition, H_cycles, L_cycles, guidance
@@ -114,11 +127,12 @@ def score_tasks():
     common = {key: value for key, value in settings.items() if key not in NO_MATTER}
     common |= dict(model=fingerprint_of_model(source), dtype=str(model.compute_dtype), device=model.embed.device.type)
     common["scorers"] = [fingerprint(Path(__file__).with_name(f"{name}.py")) for name in ("tasks", "scorers")]
+    ranks.check_agreement(dict(questions={name: len(q) for name, q in questions.items()}, model=common["model"]))
     for name, task in chosen.items():
         tags, most_new = condition_of(name, task, source, own), task.max_new_tokens
         if most_new != 1:
             longest = max(len(encode_prompt(encoding, str(q.truth))) for q in questions[name])
-            most_new = max_new_tokens or most_new or 2 * longest
+            most_new = max_new_tokens or most_new or max(task.min_limit, 2 * longest)
         n_samples = (samples or task.samples) if task.temperature else 1
         of_all = encoding, tags, model.config.block_size, most_new, n_samples, mcq
         plans[name] = plan(name, task, questions[name], *of_all)
@@ -131,23 +145,22 @@ def score_tasks():
 
 def main(keep=False):
     """Evaluate, print and write. Returns the table. keep: the answers, for the same command once more."""
-    with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
-        table, lines, n_asked = score_tasks()
-        n_answers = sum(map(len, lines.values()))
-        if n_answers < n_asked:
-            print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
-        if table:
-            print0(terminal(table))
-        if n_answers < n_asked:
-            ranks.shutdown(INTERRUPTED * ranks.master)
-        if ranks.master:
-            about = f"{init_from or out_dir}, `--tasks={tasks}`"
-            content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
-            for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
-                with errors_name_file(path := Path(out_dir, name), "could not be written"):
-                    replace_file(path, text.encode())
-                print0(f"written to {path}")
-            finish(Path(out_dir), table, lines, save_generations, keep)
+    table, lines, n_asked = score_tasks()
+    n_answers = sum(map(len, lines.values()))
+    if n_answers < n_asked:
+        print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
+    if table:
+        print0(terminal(table))
+    if n_answers < n_asked:
+        ranks.shutdown(INTERRUPTED * ranks.master)
+    if ranks.master:
+        about = f"{init_from or out_dir}, `--tasks={tasks}`"
+        content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
+        for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
+            with errors_name_file(path := Path(out_dir, name), "could not be written"):
+                replace_file(path, text.encode())
+            print0(f"written to {path}")
+        finish(Path(out_dir), table, lines, save_generations, keep)
     return table
 
 
@@ -169,9 +182,10 @@ if __name__ == "__main__":
             ranks.start("cpu", timedelta(days=9))  # ranks exchange answers alone; some have many more to give
             if not ranks.master:
                 sys.stdout = open(os.devnull, "w")
-            if sweep:
-                run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
-            else:
-                main()
+            with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
+                if sweep:
+                    run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
+                else:
+                    main()
             if ranks.world_size > 1:
                 ranks.shutdown(status=0)

@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 import ranks
 from common import check_types, errors_name_file, lock_file, read_json, replace_file
-from generate import MAX_PREFILL_TOKENS, choose_ids, slots_in_memory, stream
+from generate import choose_ids, slots_in_memory, stream
 from ranks import print0
 from tasks import Question, Task
 from tokenizer import encode_prompt, special_id
+
+PACKED_TOKENS = 2**12  # read in a pass without a cache: 2**14 took a CPU 1.4 times as long
 
 
 class Job(NamedTuple):
@@ -265,63 +267,68 @@ def answer_texts(model, encoding, jobs, temperature, seed, batch_size, cache_gb,
             print0(f"at most {minutes:,.1f} minutes more, for {each}; less for those that end earlier")
 
 
-@torch.inference_mode()
 def answer_choices(model, encoding, jobs, mcq, stop, counts):
     """Yields ((job, generation, 1), more), where the generation is the likeliest token, or with mcq "likelihood" the
-    likeliest of the choices, whose log-likelihoods `more` then has."""
-    reads = []  # (number of a job, what is read after its prompt: all of a choice but its last token)
+    likeliest of the choices, whose log-likelihoods `more` then has: sums over all tokens of a choice, eoa aside."""
+    documents, reads = [], []  # (number of a job, what is read after its prompt: all of a choice but its last token)
     choices = [[tuple(encoding.encode(choice)) for choice in job.question.choices] for job in jobs]
-    for j in range(len(jobs)):
-        reads += [(j, head) for head in ({c[:-1] for c in choices[j]} if mcq == "likelihood" else {()})]
-    documents = [[*jobs[j].ids, *head] for j, head in reads]
-    weights, eoa = model.cast_weights(), special_id(encoding, "eoa")
-    found = [{} for _ in jobs]  # of each job, {what is read after the prompt: log p of what follows its tokens}
-    for rows in batches_of_rows(list(map(len, documents)), model.config.block_size):
+    for j, job in enumerate(jobs):
+        for head in {c[:-1] for c in choices[j]} if mcq == "likelihood" else {()}:
+            documents.append(([*job.ids, *head], len(job.ids), len(head) + 1))
+            reads.append((j, head))
+    found, eoa = [{} for _ in jobs], special_id(encoding, "eoa")  # of each job, {what is read: log p of what follows}
+    for i, logits in read_packed(model, documents):
         if stop():
             return
-        T = max(sum(len(documents[i]) for i in row) for row in rows)
+        j, head = reads[i]
+        counts["choices tokens"] += len(documents[i][0])
+        if mcq == "token":
+            [id] = choose_ids(model.banned_ids, 0, None, None, None, logits).tolist()
+            yield (jobs[j], encoding.decode([id] * (id != eoa)), 1), {}
+            continue
+        found[j][head] = logits.log_softmax(-1).cpu()
+        if found[j].keys() == {c[:-1] for c in choices[j]}:
+            sums = [sum(found[j][c[:-1]][k, id].item() for k, id in enumerate(c)) for c in choices[j]]
+            yield (jobs[j], jobs[j].question.choices[sums.index(max(sums))], 1), {"loglikelihoods": sums}
+            found[j] = None
+
+
+@torch.no_grad()
+def read_packed(model, documents):
+    """Reads documents (ids, length of the prefix, n), many in a row and without a cache. Yields (number of a document,
+    logits (n, vocab_size) of what follows each of its last n tokens), the longest documents first."""
+    weights = model.cast_weights()
+    for rows in batches_of_rows([len(ids) for ids, _, _ in documents], model.config.block_size):
+        T = max(sum(len(documents[i][0]) for i in row) for row in rows)
         if model.compile_blocks:  # for few shapes
             T = min(-(-T // 512) * 512, model.config.block_size)
-        idx, at, n = torch.zeros(len(rows), T, dtype=torch.long), [], []
+        idx, at = torch.zeros(len(rows), T, dtype=torch.long), []
         doc, prefix = torch.full_like(idx, -1), torch.zeros_like(idx, dtype=torch.bool)
         for r, row in enumerate(rows):
-            place = 0
+            end = 0
             for i in row:
-                end, eoq = place + len(documents[i]), place + len(jobs[reads[i][0]].ids) - 1
-                idx[r, place:end], doc[r, place:end] = torch.tensor(documents[i]), i
-                prefix[r, place : eoq + 1] = True
-                at += range(r * T + eoq, r * T + end)
-                n.append(end - eoq)
-                place = end
-        logits, _ = model(idx, None, doc, prefix, weights=weights, at=torch.tensor(at))
-        ids = choose_ids(model.banned_ids, 0, None, None, None, logits).split(n)
-        if any((x < 0).any() for x in ids):
+                ids, n_prefix, n = documents[i]
+                start, end = end, end + len(ids)
+                idx[r, start:end], doc[r, start:end] = torch.tensor(ids), i
+                prefix[r, start : start + n_prefix] = True
+                at += range(r * T + end - n, r * T + end)
+        logits, _ = model(idx, None, doc, prefix, weights=weights, at=torch.tensor(at, dtype=torch.long))
+        if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite, so its weights cannot be right")
-        log_p = logits.log_softmax(-1).cpu().split(n)
-        for i, greedy, p in zip((i for row in rows for i in row), torch.cat(ids).cpu().split(n), log_p):
-            j, head = reads[i]
-            counts["choices tokens"] += len(documents[i])
-            if mcq == "token":
-                id = int(greedy[0])
-                yield (jobs[j], encoding.decode([id] * (id != eoa)), 1), {}
-                continue
-            found[j][head] = p
-            if found[j].keys() == {c[:-1] for c in choices[j]}:
-                sums = [sum(found[j][c[:-1]][k, id].item() for k, id in enumerate(c)) for c in choices[j]]
-                yield (jobs[j], jobs[j].question.choices[sums.index(max(sums))], 1), {"loglikelihoods": sums}
-                found[j] = None
+        order = [i for row in rows for i in row]
+        yield from zip(order, logits.split([documents[i][2] for i in order]))
 
 
 def batches_of_rows(lengths, block_size):
     """Documents of these lengths in rows of at most block_size tokens, the longest first, so that the rows of a batch
     are about equally full. Yields batches: lists of rows, which are lists of numbers of documents."""
-    rows, room, longest = [], 0, min(block_size, max(MAX_PREFILL_TOKENS, *lengths))
+    rows, room, longest = [], 0, min(block_size, max([PACKED_TOKENS, *lengths]))
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > room:
             rows.append([])
             room = longest
         rows[-1].append(i)
         room -= lengths[i]
-    n = max(1, MAX_PREFILL_TOKENS // longest)
+    n = max(1, PACKED_TOKENS // longest)
     for start in range(0, len(rows), n):
         yield rows[start : start + n]

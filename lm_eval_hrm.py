@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common import exit_on_error
+from evaluate import read_packed
 from generate import load_for_inference, slots_in_memory, stream
 from tokenizer import encode_prompt, special_id
 
@@ -34,19 +35,15 @@ except ImportError as e:
 
 @register_model("hrm")
 class HRMForHarness(LM):
-    def __init__(
-        self, pretrained="out", condition="", batch_size=64, device="auto", dtype="auto", max_gen_toks=1024, **depth
-    ):
+    def __init__(self, pretrained="out", condition="", batch_size=64, max_gen_toks=1024, max_batch_size=None, **how):
         super().__init__()
-        depth.pop("max_batch_size", None)  # the harness gives it
-        if unknown := depth.keys() - {"H_cycles", "L_cycles", "guidance"}:
+        if unknown := how.keys() - {"device", "dtype", "H_cycles", "L_cycles", "guidance"}:
             raise ValueError(f"model_args has {min(unknown)}, which the model hrm does not")
-        options = dict(device=device, dtype=dtype, condition=str(condition).replace("+", ","), **depth)
-        self.model, self.encoding, self.condition = load_for_inference(str(pretrained), **options)
+        how["condition"] = str(condition).replace("+", ",")
+        self.model, self.encoding, self.condition = load_for_inference(str(pretrained), **how)
         self.batch_size = 64 if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks, self.block_size = max_gen_toks, self.model.config.block_size
 
-    # ---- prompts ----
     @property
     def tokenizer_name(self):
         return self.encoding.name.replace("/", "__")
@@ -77,87 +74,67 @@ class HRMForHarness(LM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """[sum of log p of all tokens] of the requests."""
-        prefix, documents, owners = encode_prompt(self.encoding, "", self.condition), [], []
+        prefix, windows, owners = encode_prompt(self.encoding, "", self.condition), [], []
         n = max(2, self.block_size + 1 - len(prefix))  # ids of a response in a row, of which the last is not read
         for i, request in enumerate(requests):
             ids, done = self.encoding.encode(request.args[0]), 0
             while done < len(ids):
                 end = min(len(ids), done + n - (done > 0))  # a later window reads one id more at least than it scores
-                documents.append((prefix, ids[max(0, end - n) : end], end - done))
+                windows.append((prefix, ids[max(0, end - n) : end], end - done))
                 owners.append(i)
                 done = end
         sums = [0.0] * len(requests)
-        for i, (log_p, _) in zip(owners, self.score(documents, disable_tqdm)):
+        for i, (log_p, _) in zip(owners, self.score(windows, disable_tqdm)):
             sums[i] += log_p
         return sums
 
-    @torch.inference_mode()
     def score(self, documents, disable_tqdm):
-        """loglikelihood() of (ids of a prefix, ids of its response, how many of the last are scored), in packed rows of
-        documents of similar lengths. Those that differ in the last id alone, as choices of one token, are read once."""
-        same, rows, n_ids = {}, [], self.block_size
+        """loglikelihood() of (ids of a prefix, ids of its response, how many of the last are scored). Documents that
+        differ in the last id alone, as choices of one token, are read once."""
+        same, results = {}, [(0.0, True)] * len(documents)  # for an empty response
         for i, (prefix, response, n) in enumerate(documents):
-            same.setdefault(((*prefix, *response)[:-1], len(prefix), n), []).append(i)
-        for document in sorted(same, key=lambda document: -len(document[0])):  # if memory is short, then at once
-            if n_ids + len(document[0]) > self.block_size:
-                rows.append([])
-                n_ids = 0
-            rows[-1].append(document)
-            n_ids += len(document[0])
-        results = [None] * len(documents)
-        for row in tqdm(rows, desc="likelihoods", unit=" rows", disable=disable_tqdm):
-            idx, doc, prefix, at = [], [], [], []
-            place, targets, members = [], [], []  # of each target the place in `at`; whose these are
-            for number, (ids, n_prefix, n) in enumerate(row):
-                idx += ids
-                doc += [number] * len(ids)
-                prefix += [k < n_prefix for k in range(len(ids))]
-                for i in same[ids, n_prefix, n]:
-                    members.append((i, slice(len(place), len(place) + n)))
-                    place += range(len(at), len(at) + n)
-                    targets += documents[i][1][len(documents[i][1]) - n :]
-                at += range(len(idx) - n, len(idx))
-            idx, doc, prefix = (torch.tensor([x]) for x in (idx, doc, prefix))
-            logits, _ = self.model(idx, None, doc, prefix, at=torch.tensor(at, dtype=torch.long))
-            place, targets = torch.tensor([place, targets], dtype=torch.long, device=logits.device)
-            log_p = logits.log_softmax(-1)[place, targets].tolist()
-            right = (logits.argmax(-1)[place] == targets).tolist()
-            for i, part in members:
-                results[i] = sum(log_p[part]), all(right[part])
+            if n:
+                same.setdefault(((*prefix, *response)[:-1], len(prefix), n), []).append(i)
+        reads = [*same]
+        packed = read_packed(self.model, reads)
+        for read, logits in tqdm(packed, "likelihoods", len(reads), unit=" texts", disable=disable_tqdm):
+            log_p, best = logits.log_softmax(-1).cpu(), logits.argmax(-1).tolist()
+            for i in same[reads[read]]:
+                ids = documents[i][1][-len(best) :]
+                results[i] = sum(log_p[range(len(ids)), ids].tolist()), best == ids
         return results
 
     # ---- generation ----
     def generate_until(self, requests, disable_tqdm=False):
         """The texts that continue the contexts, up to eoa, a stop string of the request, or max_gen_toks."""
-        groups, answers = {}, [""] * len(requests)
+        groups, stops, answers = {}, [], [b""] * len(requests)
         for i, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            until = [text.encode() for text in options.pop("until") if text]
-            groups.setdefault(json.dumps(options, sort_keys=True), []).append((i, until))
+            stops.append([text.encode() for text in options.pop("until") if text])
+            options.setdefault("temperature", float(options.pop("do_sample")))
+            groups.setdefault(json.dumps(options, sort_keys=True), []).append(i)
         for options, members in groups.items():
-            options, new = json.loads(options), [b"" for _ in members]
-            most, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
-            temperature = options.pop("temperature", 1.0 if sampled else 0.0)
-            top_k, top_p = options.pop("top_k", None), options.pop("top_p", None)
+            options = json.loads(options)
+            most = options.pop("max_gen_toks")
+            how = {key: options.pop(key) for key in ("temperature", "top_k", "top_p") if key in options}
             if options:
                 print(f"the model hrm generates without {', '.join(options)}")
             rooms = [min(most, self.block_size // 2)] * len(members)
-            prompts = self.prefixes([requests[i].args[0] for i, _ in members], rooms)
-            slots = slots_in_memory(self.model, min(max(map(len, prompts)) + most, self.block_size), self.batch_size)
+            prompts = self.prefixes([requests[i].args[0] for i in members], rooms)
+            longest = min(max(map(len, prompts)) + most, self.block_size)
+            how["slots"] = slots_in_memory(self.model, longest, self.batch_size)
 
-            def is_end(k, id, new=new, members=members):
-                token = self.encoding.decode_single_token_bytes(id)
-                new[k] += token
-                return any(text in new[k][-len(text) - len(token) :] for text in members[k][1])
+            def is_end(k, id, members=members):
+                i, token = members[k], self.encoding.decode_single_token_bytes(id)
+                answers[i] += token
+                return any(stop in answers[i][-len(stop) - len(token) :] for stop in stops[i])
 
-            options = temperature, top_k, top_p, special_id(self.encoding, "eoa"), torch.initial_seed(), slots, is_end
+            how |= dict(stop_token=special_id(self.encoding, "eoa"), seed=torch.initial_seed(), is_end=is_end)
             with tqdm(total=len(members), desc="generation", unit=" answers", disable=disable_tqdm) as bar:
-                for events in stream(self.model, prompts, most, *options):
+                for events in stream(self.model, prompts, most, **how):
                     bar.update(sum(id is None for _, id in events))
-            for (i, until), text in zip(members, new):
-                ends = (text.find(stop) for stop in until if stop in text)
-                answers[i] = text[: min(ends, default=None)].decode("utf-8", errors="replace")
-        return answers
+        ends = [min((a.find(stop) for stop in some if stop in a), default=None) for a, some in zip(answers, stops)]
+        return [answer[:end].decode("utf-8", errors="replace") for answer, end in zip(answers, ends)]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ master = rank == 0
 run_id = os.environ.get("TORCHELASTIC_RUN_ID")
 launch_id = run_id and f"{run_id} {socket.gethostname()} {os.getppid()}"  # the same when torchrun starts a run again
 cpu_group = None  # to agree without waiting for the device
+store = None  # of this start, see fresh_store()
 advice = "--init_from=resume goes on from the checkpoint"
 before_exit = []  # functions to call first, as the end of several ranks is abrupt
 
@@ -35,13 +36,13 @@ def rank_failure_guard():
         if isinstance(e, torch.OutOfMemoryError):
             raise
         why = one_line(e).split(". ")[0]
-        shutdown(f"rank {rank} cannot go on with the other ranks ({why}); {advice}")
+        fail(f"rank {rank} cannot go on with the other ranks ({why}); {advice}")
 
 
 @rank_failure_guard()
 def start(device, patience=timedelta(minutes=30)):
     """Join the other ranks, which must come within 5 minutes. patience: for which they wait where they agree."""
-    global cpu_group
+    global cpu_group, store
     if world_size > 1:
         backend, timeout = "nccl" if device.startswith("cuda") else "gloo", timedelta(minutes=10)
         store = fresh_store(minutes=5)
@@ -87,6 +88,20 @@ def shutdown(sentence="", status=1):
     os._exit(status)  # gloo's threads now and then abort a process that winds down in the ordinary way (torch 2.13)
 
 
+def fail(sentence):
+    """End all ranks. Each machine prints the sentence of the rank that fails first, once. Ranks that wait for this one
+    hear of its end by their connection, and those at work by a signal of torchrun."""
+    try:
+        if store:
+            sentence = store.compare_set("failure", "", sentence).decode()
+            if store.add(f"failure is told on {socket.gethostname()}", 1) > 1:
+                time.sleep(1)  # when a rank has ended, torchrun may end the one that is to speak
+                sentence = ""
+    except RuntimeError:
+        pass  # the machine with the store is lost
+    shutdown(sentence)
+
+
 def catch_stop_signals():
     """Returns a function that tells whether SIGINT, SIGTERM or SIGUSR1 has come. A second one ends the process."""
     came = []
@@ -109,20 +124,13 @@ class Trouble(str):
 
 @rank_failure_guard()
 def gather(value):
-    """[the value of each rank]. Trouble among the values ends all ranks; the first rank says why."""
+    """[the value of each rank]. A rank that gives Trouble ends all, without waiting for the others."""
+    if isinstance(value, Trouble):
+        fail(f"rank {rank}: {value}" if rank else value)
     values = [value]
     if dist.is_initialized():
         values = [None] * world_size
         dist.all_gather_object(values, value, group=cpu_group)
-    troubles = {i: v for i, v in enumerate(values) if isinstance(v, Trouble)}
-    if troubles:
-        sentence = troubles.get(0) or "; ".join(f"rank {i}: {v}" for i, v in troubles.items())
-        if master or not dist.is_initialized():
-            tqdm.write(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
-            sys.stderr.flush()
-        if dist.is_initialized():  # torchrun, when it sees the end of one rank, might end the one that is to speak
-            dist.barrier(cpu_group)
-        shutdown()
     return values
 
 
@@ -136,7 +144,7 @@ def check_agreement(values):
 
 @contextmanager
 def abort_if_any():
-    """Inside, an error that a user can cause ends all ranks, with a sentence, when they next meet in gather()."""
+    """Inside, an error that a user can cause ends all ranks at once, with a sentence. At its end they wait for all."""
     trouble = None
     try:
         yield

@@ -56,10 +56,20 @@ def figures_of(task, lines, tokens_per_sec):
         row["groups"][group] = dict(accuracy=score, stderr=error, count=len(by_question(some)))
         row["groups"][group]["invalid"] = mean_of(some, "invalid")
     if task.macro and (groups := row["groups"].values()):
-        errors = [group["stderr"] or 0.0 for group in groups]
         macro = sum(group["accuracy"] for group in groups) / len(groups)
-        row["figures"]["macro"] = [macro, math.sqrt(sum(e * e for e in errors)) / len(groups)]
+        row["figures"]["macro"] = [macro, macro_error([*groups])]
     return row
+
+
+def macro_error(groups):
+    """The standard error of the mean over groups, or None where each has one question. A group of one says nothing of
+    how questions vary: for its variance stands that within the other groups, pooled."""
+    larger = [group for group in groups if group["count"] > 1]
+    if not larger:
+        return None
+    squares = sum(g["stderr"] ** 2 * g["count"] * (g["count"] - 1) for g in larger)
+    pooled = squares / sum(g["count"] - 1 for g in larger)
+    return math.sqrt(sum(g["stderr"] ** 2 if g["count"] > 1 else pooled for g in groups)) / len(groups)
 
 
 # ---- tables ----

@@ -49,11 +49,12 @@ class Task(NamedTuple):
     score: Callable  # a scorer of scorers.py
     condition: str = ""  # "": that of the model
     context: int = 0  # tokens of the longest prompt and answer; 0: the model's block_size
-    max_new_tokens: int = 0  # 0: twice the longest truth's
+    max_new_tokens: int = 0  # 0: twice the longest truth's, and at least min_limit
     samples: int = 1  # answers to each question
     temperature: float = 0.0
     paper: tuple = ()  # its percentages for HRM 1B and 0.6B
     macro: bool = False  # report the mean over groups, too
+    min_limit: int = 256  # as a truth may be a letter, and its answer have the working before it
 
 
 # ---- rows ----
@@ -300,7 +301,7 @@ TASKS = {
     "mmlu_pro": Task(mmlu_pro, scorers.last_letter, "direct", max_new_tokens=4096, macro=True),
     "aime24": Task(aime(24), **AIME, max_new_tokens=4096),
     "aime25": Task(aime(25), **AIME, max_new_tokens=4096),
-    "heldout": Task(heldout, scorers.same_answer),
+    "heldout": Task(heldout, scorers.same_answer, min_limit=0),  # its truths are whole answers
     "problems": Task(problems, scorers.same_answer, max_new_tokens=64),
 }
 PAPER = list(TASKS)[:8]  # its table
@@ -310,7 +311,8 @@ def find_task(name):
     """The Task of that name, or of a file of rows with prompt and answer. Raises ValueError where there is none."""
     if name not in TASKS and Path(name).suffix not in (".jsonl", ".json", ".parquet"):
         known = f"{', '.join(TASKS)}, paper (the first {len(PAPER)}), or a .jsonl file of rows with prompt and answer"
-        raise ValueError(f"there is no task '{name}': --tasks names one or more of {known}")
+        fault = f"there is no task '{name}'" if name else "no task is given"
+        raise ValueError(f"{fault}: --tasks names one or more of {known}")
     return TASKS.get(name) or Task(from_rows(name)(prompt_and_answer), scorers.same_answer)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import plain_logits, tiny_model
-from scripts import ENV, TINY, command, run
+from scripts import ENV, ROOT, TINY, command, run
 
 import eval as evaluation
 import evaluate
@@ -118,11 +118,11 @@ def test_likelihoods_of_choices(tmp_path, choices):
 
 def test_rows_are_well_filled():
     lengths = [100 + i % 700 for i in range(2000)]
-    batches = [*evaluate.batches_of_rows(lengths, 4096)]
+    batches = [*evaluate.batches_of_rows(lengths, 1024)]
     numbers = [i for rows in batches for row in rows for i in row]
     assert sorted(numbers) == [*range(2000)]
     sizes = [(len(rows), max(sum(lengths[i] for i in row) for row in rows)) for rows in batches]
-    assert all(T <= 4096 and n * T <= 2**14 for n, T in sizes)
+    assert all(T <= 1024 and n * T <= 2**12 for n, T in sizes)
     assert sum(lengths) > 0.9 * sum(n * T for n, T in sizes)
 
 
@@ -246,6 +246,29 @@ def test_ranks_share_the_questions(trained):
     assert failed.count("there is no task 'nonsense'") == 1
 
 
+AT_WORK = """
+import time
+import ranks
+
+ranks.start("cpu")
+stop = ranks.catch_stop_signals()
+with ranks.abort_if_any():
+    if ranks.rank == 1:
+        raise ValueError("it is broken")
+    while not stop():
+        time.sleep(0.1)
+"""
+
+
+def test_a_rank_that_fails_ends_the_others_at_once(tmp_path):
+    """One that is at work, and would be for long; nothing else is said."""
+    (tmp_path / "work.py").write_text(AT_WORK)
+    start = time.monotonic()
+    said = run(tmp_path, tmp_path / "work.py", ranks=2, ok=False, PYTHONPATH=str(ROOT)).stderr
+    assert said.count("work.py: rank 1: it is broken\n") == 1 and "has lost" not in said
+    assert time.monotonic() - start < 60
+
+
 # ----------------------------------------------------------------------------------------------------
 # what is said and written
 
@@ -335,6 +358,20 @@ def test_what_is_written(main, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.md", "generations-quiz.jsonl"]
 
 
+def test_one_token_truths_leave_room_for_working(main, tmp_path, monkeypatch, capsys):
+    """And a task without rows does not stop the others."""
+    limits = []
+    answer = stream_of([b"2\0"])
+    monkeypatch.setattr(evaluate, "stream", lambda m, p, most, **o: limits.extend(most) or answer(m, p, most))
+    (tmp_path / "letters.jsonl").write_text('{"prompt": "1 or 2?", "answer": "2"}\n')
+    model = tiny_model(block_size=512)
+    monkeypatch.setattr(evaluation, "load_for_inference", lambda *_: (model, make_encoding("bytes"), ""))
+    assert main(tasks="gsm8k,letters.jsonl", data_dir=str(tmp_path)) == "done" and limits == [256]
+    assert f"gsm8k is left out: there is no directory {tmp_path}/gsm8k" in (said := capsys.readouterr().out)
+    assert "letters  1  100.00%" in said
+    assert main(tasks="letters.jsonl", max_new_tokens=7) == "done" and limits == [256, 7]
+
+
 def test_ctrl_c_shows_what_is_done_and_keeps_it(main, tmp_path, monkeypatch, capsys):
     steps = iter(range(100))
     stop = lambda: next(steps) >= 4  # noqa: E731
@@ -349,7 +386,7 @@ def test_ctrl_c_shows_what_is_done_and_keeps_it(main, tmp_path, monkeypatch, cap
     assert main() == "done" and "3 answers are kept from an earlier run, 6 are left" in capsys.readouterr().out
 
 
-def test_settings_that_cannot_be(main, monkeypatch):
+def test_settings_that_cannot_be(main, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "load_for_inference", None)  # refused before the model is loaded
     bounds = (
         ("limit", -1, 0),
@@ -362,9 +399,12 @@ def test_settings_that_cannot_be(main, monkeypatch):
         good = evaluation.settings[key]
         assert main(**{key: value}) == f"{key} must be at least {least}, not {value}"
         main(**{key: good, "tasks": ""})
-    for names in "", " ,", "quizz":
-        assert "there is no task '" in main(tasks=names)
+    for names in "", " ,":
+        assert main(tasks=names).startswith("no task is given: --tasks names one or more of gsm8k, math, ")
+    assert "there is no task 'quizz'" in main(tasks="quizz")
     assert main(tasks="empty") == "the task empty has no questions"
+    assert main(tasks="no/such.jsonl,nor/that.jsonl") == "there is no file nor/that.jsonl"
+    assert "such is left out: there is no file no/such.jsonl" in capsys.readouterr().out
     assert main(mcq="letter") == "mcq must be token or likelihood, not 'letter'"
 
 
@@ -386,6 +426,14 @@ def test_figures_have_their_errors():
     lines = [line(i, float(i % 4 == 0), **{}) | {"group": "large" if i < 8 else "small"} for i in range(10)]
     row = results.figures_of(FREE._replace(macro=True), lines, 0)
     assert row["accuracy"] == 0.3 and row["figures"]["macro"][0] == pytest.approx((2 / 8 + 1 / 2) / 2)
+    assert row["figures"]["macro"][1] == pytest.approx((1 / 4 * 3 / 4 / 7 + 1 / 4) ** 0.5 / 2)
+    # a group of one varies as questions of the others do, on average; where all are of one, nothing is known
+    scores = {"a": [0.0, 1.0], "b": [0.0, 0.0, 1.0], "c": [1.0], "d": [0.0]}
+    some = [line(i, x) | {"group": g} for i, (g, x) in enumerate((g, x) for g, xs in scores.items() for x in xs)]
+    pooled = (1 / 2 + 2 / 3) / 3
+    for rows, macro in (some, [11 / 24, ((1 / 4 + 1 / 9 + 2 * pooled) / 16) ** 0.5]), (some[5:], [0.5, None]):
+        found = results.figures_of(FREE._replace(macro=True), rows, 0)["figures"]["macro"]
+        assert found == pytest.approx(macro)
     # samples: an error is one over questions
     lines = [line(i, float(s < i), "t" if s < i else f"{s}") | {"sample": s} for i in range(3) for s in range(20)]
     row = results.figures_of(FREE, lines, 0)
