@@ -315,7 +315,7 @@ if __name__ == "__main__":
     directory = Path("data", dataset)
     with exit_on_error(f"interrupted; {directory} is as it was; the same command goes on after the last whole file"):
         if dataset == "problems" and (source != "problems" or mixture):
-            raise ValueError(f"give the data of {'the mixture' if mixture else source} a name of its own with --dataset")
+            raise ValueError(f"give {'a mixture' if mixture else 'the data of ' + source} a name of its own: --dataset")
         if directory.parent != Path("data") or dataset == "..":
             raise ValueError(f"dataset is the name of a directory in data/, not a path: '{dataset}'")
         if inspect:

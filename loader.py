@@ -266,4 +266,3 @@ def prefetch(loader, device="cpu", depth=3):
         while batch := jobs.popleft().result():
             jobs.append(thread.submit(take))
             yield batch
-
