@@ -176,14 +176,15 @@ def test_files_of_the_matches_are_named_where_meta_has_them(place):
     path = place / "data" / "planted" / "meta.json"
     meta = json.loads(path.read_text())
     sizes = {"whole.jsonl": 10, "none.jsonl": 0, "within.jsonl": 10, "rest.jsonl": 30}
-    meta["files"] = [{"name": name, "train": {"documents": n}} for name, n in sizes.items()]
+    of = {name: {"documents": n, "tokens": 0} for name, n in sizes.items()}
+    meta["files"] = [meta["files"][0] | {"name": name, "train": counts} for name, counts in of.items()]
     path.write_text(json.dumps(meta))
     said = run(place, "contamination.py", *ARGS).stdout
     assert "longest matches (of how many questions): whole.jsonl (10), within.jsonl (10), rest.jsonl (10)." in said
     assert lines_of(place)[20][11]["file"] == "within.jsonl" and "of whole.jsonl: " in said
     meta["files"] = [{"name": "x"}]
     path.write_text(json.dumps(meta))
-    assert run(place, "contamination.py", *ARGS, ok=False).stderr.splitlines()[-1].endswith("damaged: it lacks 'train'")
+    assert run(place, "contamination.py", *ARGS, ok=False).stderr.splitlines()[-1].endswith("damaged: it lacks 'group'")
 
 
 BAD = {

@@ -30,6 +30,12 @@ def directory(tmp_path_factory):
     return place / "d"
 
 
+def entry(name, n):
+    """A file of meta.json."""
+    counts = {split: {"documents": n_of, "tokens": 0} for split, n_of in (("train", n), ("val", 0))}
+    return {"name": name, "group": "", "cap": 0, "repeat": 1, **counts}
+
+
 @pytest.fixture
 def changed(directory, tmp_path):
     """A copy of the dataset with other entries in its meta.json."""
@@ -50,10 +56,10 @@ def test_documents_and_rows(directory, capsys, monkeypatch):
     out = capsys.readouterr().out
     for i in 0, 7, 88:
         n = len(f"{i} " * (i + 1)) + 1  # eoa
-        head = f"document {i} of 90: {len(f'What is {i}?') + 3} + {n} tokens\n"
+        head = f"document {i} of 90, x.jsonl: {len(f'What is {i}?') + 3} + {n} tokens\n"
         assert f"{head}    ⟪boq⟫⟪cot⟫What is {i}?⟪eoq⟫│{f'{i} ' * (i + 1)}⟪eoa⟫\n" in out
     assert len(re.findall("^document ", out, re.M)) == 90 and out.count("cut off") == 1
-    assert "document 89 of 90: 6 + 395 tokens, cut off\n" in out
+    assert "document 89 of 90, x.jsonl: 6 + 395 tokens, cut off\n" in out
     lines, batch = out[out.index("a first step") :].splitlines()[1:], next(Loader(directory, "train", N_ROWS, 400, 7))
     assert len(lines) == 2 * N_ROWS
     numbers = iter(batch.documents)
@@ -108,7 +114,7 @@ def test_documents_are_spread_over_files():
 
 
 def test_a_document_has_its_file(changed, capsys):
-    files = [{"name": "one.jsonl", "train": {"documents": 80}}, {"name": "t\x1bwo\nx", "train": {"documents": 10}}]
+    files = [entry("one.jsonl", 80), entry("t\x1bwo\nx", 10)]
     show(changed(files=files), 2, 400, 0)
     out = capsys.readouterr().out
     assert "document 40 of 90, one.jsonl: " in out and "document 85 of 90, t\\x1bwo x: " in out
@@ -118,9 +124,9 @@ def test_a_document_has_its_file(changed, capsys):
     "changes, sentence",
     [
         ({"files": 3}, "meta.json is damaged"),
-        ({"files": [{"name": "x"}]}, "meta.json is damaged: it lacks 'train'"),
-        ({"files": [{"name": "x", "train": {"documents": -1}}]}, "meta.json is damaged: documents is -1"),
-        ({"files": [{"name": "x", "train": {"documents": 8}}]}, "meta.json is damaged: .* not the 90 documents"),
+        ({"files": [{"name": "x"}]}, "meta.json is damaged: it lacks 'group'"),
+        ({"files": [entry("x", -1)]}, "meta.json is damaged: documents is -1"),
+        ({"files": [entry("x", 8)]}, "meta.json is damaged: its files have not as many train documents as it has in all"),
         ({"vocab_size": 7}, "vocab_size is 7"),
     ],
 )

@@ -222,7 +222,7 @@ def test_the_example_of_raw_sources(tmp_path, monkeypatch):
 
 
 def test_the_tokenizers_sample_takes_the_same_share_of_all_files(tmp_path, corpus):
-    o = {**data.settings, "source": str(corpus), "split": "", "mixture": [{"files": "big__0*", "cap": 3}]}
+    o = {**data.settings, "source": str(corpus), "split": "", "mixture": [{"files": "big__0*", "cap": 3}, RULES[3]]}
     parts = mixture.find_parts(type("o", (), o))
     texts = [*sample_texts(parts, 0)]
     counts = Counter(next(name for name in SIZES if name in text) for text in texts[::2])

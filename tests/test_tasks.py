@@ -576,6 +576,8 @@ def change_val(run_dir, name, content):
     path.write_bytes(content)
     meta = json.loads((run_dir / "meta.json").read_text())
     meta["checksums"][name] = fingerprint(path)
+    if name == "val.idx":
+        meta["splits"]["val"]["documents"] = meta["files"][1]["val"]["documents"] = len(content) // 16
     for directory in run_dir, path.parent:
         (directory / "meta.json").write_text(json.dumps(meta))
 
