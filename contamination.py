@@ -24,9 +24,9 @@ from configurator import configure
 import json
 import os
 from bisect import bisect_right
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from collections import Counter
+from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from loader import chunks, open_split, spans
 from results import aligned, markdown_table, mean_of, percent, read_generations
 from tasks import find_tasks
 from tokenizer import check_file, load_encoding, read_meta
+from workers import in_order
 
 # ---- settings ----
 dataset = "problems"  # data/<dataset>, of data.py
@@ -95,8 +96,9 @@ def scan(bin, dtype, ends, ids, question_ends, ns):
     factors = (np.full(BLOCK + max(ns), x, np.uint64) for x in (base, pow(base, -1, 2**64)))
     powers, inverses = map(np.cumprod, factors)
 
-    def look_up(start, stop, ends):
+    def look_up(block):
         """([(numbers, places in the block) that stand in it] for each n, tokens, start) of a block of the bin."""
+        start, stop, ends = block
         tokens = np.fromfile(bin, dtype, stop - start, offset=start * dtype.itemsize)
         sums, found = np.zeros(len(tokens) + 1, np.uint64), []
         np.cumsum(tokens * powers[: len(tokens)], out=sums[1:])
@@ -117,16 +119,14 @@ def scan(bin, dtype, ends, ids, question_ends, ns):
     def blocks():
         for _, starts, stops in chunks(ends):
             for start in range(int(starts[0]), int(stops[-1]), BLOCK):
-                yield start, min(start + BLOCK + max(ns) - 1, int(stops[-1])), stops
+                stop = min(start + BLOCK + max(ns) - 1, int(stops[-1]))
+                yield stop - start, (start, stop, stops)
 
     found, best = [np.zeros(len(g.hashes), bool) for g in grams], np.zeros((2, len(grams[0].hashes)), np.int64)
-    n_threads, left = threads or os.cpu_count(), blocks()
     bar = tqdm(total=Path(bin).stat().st_size, desc=f"reading {bin}", unit="B", unit_scale=True)
-    with bar, ThreadPoolExecutor(n_threads) as pool:  # numpy releases Python's lock
-        jobs = deque(pool.submit(look_up, *block) for block in islice(left, 2 * n_threads))
-        while jobs:
-            hits, n_tokens, start = jobs.popleft().result()
-            jobs.extend(pool.submit(look_up, *block) for block in islice(left, 1))
+    results = in_order(look_up, blocks(), threads or os.cpu_count(), processes=False)  # numpy releases Python's lock
+    with bar, closing(results):
+        for _, _, (hits, n_tokens, start) in results:
             for of_all, (numbers, _) in zip(found, hits):
                 of_all[numbers] = True
             numbers, at = hits[0]

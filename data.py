@@ -21,7 +21,6 @@ import time
 from array import array
 from contextlib import ExitStack, closing
 from functools import partial
-from inspect import getsource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import exit_on_error, finish_rename, lock_file, read_json, replace_file
-from mixture import add_counts, find_parts, markdown, no_counts, sample_texts, split_of, to_pairs
+from mixture import add_counts, find_parts, markdown, no_counts, sample_texts, source_of, split_of, to_pairs
 from sources import item_size
 from tokenizer import (
     FILES,
@@ -133,15 +132,18 @@ def start_or_go_on(new, parts, o):
         print(f"{new.parent} holds what other settings made, and begins anew")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
+    began = time.monotonic()
     encoding = make_encoding(o.tokenizer, o.pat_str, sample_texts(parts, o.seed), o.normalizer)
     save_encoding(encoding, new)
+    if time.monotonic() > began + SAVE_EVERY:
+        save(new, (), [], encoding, o)
     return encoding, []
 
 
 def kept_settings(o):
     """The settings that a dataset depends on, as JSON has them. A function is its source."""
     kept = {key: value for key, value in vars(o).items() if key not in NOT_KEPT}
-    return json.loads(json.dumps(kept, default=getsource))
+    return json.loads(json.dumps(kept, default=source_of))
 
 
 def entry(part):
@@ -162,8 +164,10 @@ def encode_batch(parts, encoding, o, job):
     for number, item in enumerate(items, first):
         pairs = to_pairs(part.rule, item)
         made["val" if part.val_share == 1 else "train"][2]["rows"] += pairs is not None  # else a blank line
+        if pairs == []:
+            made["train"][2]["dropped"]["left out by rows()"] += 1
         for pair in pairs or ():
-            ids, index, counts = made[split_of(part, pair[0], o.seed)]
+            ids, index, counts = made[split_of(part, pair[0] if isinstance(pair, tuple) else "", o.seed)]
             document = fit_document(encoding, pair, part.rule, part.file.where(number), limit)
             if isinstance(document, str):
                 counts["dropped"][document.partition(":")[0]] += 1  # few kinds, however many rows there are
@@ -228,8 +232,9 @@ def write_bins(new, parts, files, encoding, o):
             out[f"{split}.bin"].truncate(end * np.dtype(token_dtype(encoding.n_vocab)).itemsize)
             out[f"{split}.idx"].truncate(sum(file[split]["documents"] for file in files) * 16)
         jobs, n_workers = batches(parts, len(files)), o.workers or os.cpu_count()
+        large = sum(sizes) > SMALL or any(part.file.path is None and not part.file.size for part in parts)
         encode = partial(encode_batch, parts, encoding, o)
-        results = stack.enter_context(closing(in_order(encode, jobs, n_workers, processes=sum(sizes) > SMALL)))
+        results = stack.enter_context(closing(in_order(encode, jobs, n_workers, processes=large)))
         known = dict(total=sum(sizes) or None, initial=sum(sizes[: len(files)]), unit="B", unit_scale=True)
         desc, often = f"preparing {new.parent.with_suffix('')}", 0.1 if sys.stderr.isatty() else 10
         bar = stack.enter_context(tqdm(**known, desc=desc, mininterval=often))
@@ -250,6 +255,7 @@ def write_bins(new, parts, files, encoding, o):
             speed = n_tokens / (time.monotonic() - started)
             bar.set_postfix_str(f"file {i + 1:,} of {len(parts):,}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(size)
+        bar.update(max(0, sum(sizes) - bar.n))  # sizes are estimates
         sync(out.values())
 
 
@@ -280,7 +286,8 @@ def write_meta(new, files, encoding, o):
     meta = {**encoding_meta(encoding), "splits": splits, "files": files, "prepare_args": kept_settings(o)}
     meta["checksums"] = {name: fingerprint(new / name) for name in FILES}
     replace_file(new / "meta.json", json.dumps(meta, indent=1).encode())
-    replace_file(new / "report.md", markdown(meta, o.batch_size * o.max_iters * o.block_size).encode())
+    text = markdown(meta, o.batch_size * o.max_iters * o.block_size)
+    replace_file(new / "report.md", text.encode(errors="backslashreplace"))  # of names that are not UTF-8
     (new / "progress.json").unlink(missing_ok=True)
     return meta
 
@@ -321,6 +328,6 @@ if __name__ == "__main__":
         if inspect:
             from look import show  # which needs torch
 
-            show(directory, inspect, block_size, seed)
+            show(directory, inspect, seed)
         else:
             print(report(directory, prepare(directory)))

@@ -131,15 +131,15 @@ class Loader:
             raise ValueError(f"{directory}: no document of the {split} split fits into block_size = {block_size}")
         self.pool_tokens = rows * block_size + self.LOOKAHEAD_DOCS * n_tokens / n_drawn
         checksum, rules = str(meta["checksums"].get(self.bin.name)), [(f["cap"], f["repeat"]) for f in self.files]
-        if {*rules} != {(0, 1)}:
-            checksum += " " + sha256(str(rules).encode()).hexdigest()[:16]
         self.plan = {"seed": seed, "documents": n_drawn, "checksum": checksum}
+        if {*rules} != {(0, 1)}:
+            self.plan["rules"] = sha256(str(rules).encode()).hexdigest()[:16]  # their caps and repeats
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
         with errors_name_file("the loader's state"):
             check_types(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
-            for key, value in self.plan.items():
-                if self.state[key] != value:
-                    change = f"{key} is {value}, in the loader's state {self.state[key]}"
+            for key in "seed", "documents", "checksum", "rules":
+                if (old := self.state.get(key)) != (value := self.plan.get(key)):
+                    change = f"{key} is {value}, in the loader's state {old}"
                     raise ValueError(f"{directory} gives another plan than the run had: {change}")
             beyond = self.state["cursor"] >= n_drawn
             if beyond or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import errors_name_file, one_line
+from common import check_types, errors_name_file, one_line
 from loader import Loader, document, open_split
 from tokenizer import SPECIAL, read_meta, read_tokenizer, special_id
 
@@ -22,10 +22,13 @@ MAX_CHARS = 1200  # of a text; of a longer one, its head and tail
 N_ROWS = 8
 
 
-def show(directory, n, block_size, seed):
-    """Print n training documents, spread over the dataset's files, and how a first step of N_ROWS rows of block_size
-    tokens is packed. Raises ValueError or OSError where the dataset is damaged."""
+def show(directory, n, seed):
+    """Print n training documents, spread over the dataset's files, and how a first step of N_ROWS rows of as many
+    tokens as it was prepared for is packed. Raises ValueError or OSError where the dataset is damaged."""
     directory, meta = Path(directory), read_meta(directory)
+    with errors_name_file(directory / "meta.json"):
+        check_types(meta["prepare_args"], block_size=int)
+    block_size = meta["prepare_args"]["block_size"]
     encoding, (tokens, ends, prefixes) = read_tokenizer(directory), open_split(directory, "train")
     files = [(f", {safe(one_line(file['name']))}", file["train"]["documents"]) for file in meta["files"]]
     for file, d in spread(files, n):

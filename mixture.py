@@ -14,15 +14,15 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import blake2b
-from heapq import heappop, heappush
-from itertools import chain, islice
-from math import ceil
-from types import SimpleNamespace
+from inspect import getsource
+from itertools import islice
+from math import ceil, inf
+from types import FunctionType, GeneratorType, ModuleType, NoneType, SimpleNamespace
 from typing import NamedTuple
 
 from common import brief, errors_name_file, one_line
 from sources import File, find_files, item_size, parse, to_pair, word_problems
-from tokenizer import condition_tags
+from tokenizer import MAX_TRAINING_CHARS, condition_tags
 
 RULE = {
     "name": "",  # of the rule's rows in reports
@@ -52,7 +52,7 @@ def find_parts(o):
     for rule in SimpleNamespace(**default), *rules:
         check(rule)
     own = [rule for rule, given in zip(rules, o.mixture) if "source" in given]
-    shared = [rule for rule in rules if rule not in own]
+    shared = [rule for rule, given in zip(rules, o.mixture) if "source" not in given]
     default, jobs = SimpleNamespace(**default), [(rule, [rule], f"{rule.name or rule.source}/") for rule in own]
     if shared or not own:
         jobs.insert(0, (default, [*shared, default], ""))
@@ -62,8 +62,9 @@ def find_parts(o):
             if rule := next((rule for rule in among if fits(file.name, rule)), None):
                 group = rule.name or prefix + " ".join(patterns(rule))
                 parts.append(Part(prefix + file.name, group, file, val_share, rule))
-        if unused := [rule for rule in among if rule not in [part.rule for part in parts] + [default]]:
-            raise ValueError(f"{of.source} has no file for the rule {unused[0].files} of mixture")
+        used = {id(part.rule) for part in parts} | {id(default)}
+        if unused := [rule for rule in among if id(rule) not in used]:
+            raise ValueError(f"{of.source} has no file, or none is left, for the rule {unused[0].files} of mixture")
     return parts
 
 
@@ -76,8 +77,11 @@ def checked(rule, default, number):
             if key not in default:
                 raise ValueError(f"it has no {key!r}, only {', '.join(default)}")
             several = key == "files" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-            if not (callable(value) if key == "rows" else several or type(value) is type(default[key])):
+            right = isinstance(value, FunctionType) if key == "rows" else type(value) is type(default[key])
+            if not (several or right):
                 raise ValueError(f"{key} cannot be {brief(value)}")
+        if (alone := rule.keys() & {"source_config", "split", "val_split"}) and "source" not in rule:
+            raise ValueError(f"{min(alone)} is of a source, and it names none")
         if rule.get("cap", 0) < 0 or rule.get("repeat", 1) < 1:
             raise ValueError("cap must be at least 0, and repeat at least 1")
     return rule
@@ -108,7 +112,8 @@ def files_of(rule, o):
     """Yields (File, share of it that goes to val) for the files of a rule's source."""
     if rule.source == "problems":
         for n, split in (o.n_problems, "train"), (o.n_val_problems, "val"):
-            yield File(f"{split} problems", partial(word_problems, split, n, o.seed)), float(split == "val")
+            items = partial(word_problems, split, n, o.seed)
+            yield File(f"{split} problems", items, size=88 * n), float(split == "val")
         return
     for file in find_files(rule.source, rule.source_config, rule.split):
         yield file, 0.0 if rule.val_split else o.val_fraction
@@ -125,33 +130,48 @@ def split_of(part, instruction, seed):
 def to_pairs(rule, item):
     """An item of a File -> its pairs, (instruction, response, condition) each, or what is wrong, as to_pair() says; for
     a blank line, None."""
-    rows = [parse(item)]
-    if rows == [None]:
+    row = parse(item)
+    if row is None:
         return None
-    if rule.rows and isinstance(rows[0], dict):
+    rows = [row]
+    if rule.rows and isinstance(row, dict):
         try:
-            made = rule.rows(rows[0])
+            made = rule.rows(row)
+            made = [*made] if isinstance(made, (list, tuple, GeneratorType)) else [made]
+            rows = [row if isinstance(row, dict) else f"rows() gave: {brief(row)}" for row in made if row is not None]
         except Exception as e:
             return [f"rows() fails: {type(e).__name__}: {one_line(e)}"]
-        rows = made if isinstance(made, list) else [made]
-    rows = (row if isinstance(row, (dict, str)) else f"rows() gave {brief(row)}" for row in rows if row is not None)
     return [to_pair(row, rule.fields, rule.condition, rule.answer, rule.strip_annotations) for row in rows]
 
 
+def source_of(value):
+    """What a function of a config file does, as JSON: its source, and that of what it names."""
+    if not isinstance(value, FunctionType):
+        return repr(value)
+    known = {name: value.__globals__.get(name) for name in value.__code__.co_names}
+    named = {name: v for name, v in known.items() if not isinstance(v, (ModuleType, NoneType)) and v is not value}
+    return [getsource(value), {name: source_of(v) for name, v in named.items()}]
+
+
 def sample_texts(parts, seed):
-    """Yields the texts of training documents for a tokenizer; of a file with a cap, ten caps' worth. The files take
-    turns such that at any time about the same share has been read of each."""
-    turns = [(0.0, i, 0, 0, iter(part.file.items())) for i, part in enumerate(parts) if part.val_share < 1]
-    while turns:
-        _, i, n, size, items = heappop(turns)
-        part, some = parts[i], list(islice(items, 100))
-        for pair in chain.from_iterable(to_pairs(part.rule, item) or () for item in some):
-            if isinstance(pair, tuple) and split_of(part, pair[0], seed) == "train":
-                yield from pair[:2]
-        n, size = n + len(some), size + sum(map(item_size, some))
-        of_cap = n / (10 * part.rule.cap) if part.rule.cap else 0
-        if some and of_cap < 1:
-            heappush(turns, (max(size / (part.file.size or 2**24), of_cap), i, n, size, items))
+    """Yields the texts of training documents for a tokenizer: all; of a file with a cap, ten caps' worth (published).
+    Where that is more than a tokenizer is trained on, the same share of each file's."""
+    sizes = []  # bytes to read
+    parts = [part for part in parts if part.val_share < 1]
+    for part in parts:
+        sizes.append(part.file.size or 2**24)
+        if part.rule.cap:
+            first = [*map(item_size, islice(part.file.items(), 100))]
+            sizes[-1] = min(sizes[-1], 10 * part.rule.cap * sum(first) / max(1, len(first)))
+    share = min(1, MAX_TRAINING_CHARS / max(1, sum(sizes)))
+    for part, size in zip(parts, sizes):
+        left = size * share if part.rule.cap or share < 1 else inf  # sizes are estimates
+        for item in part.file.items():
+            for pair in to_pairs(part.rule, item) or ():
+                if isinstance(pair, tuple) and split_of(part, pair[0], seed) == "train":
+                    yield from pair[:2]
+            if (left := left - item_size(item)) < 0:
+                break
 
 
 def no_counts():
@@ -191,9 +211,9 @@ def markdown(meta, budget):
     text = f"An epoch has {sum(drawn(file, 'train') for file in files):,} documents and {per_epoch:,.0f} tokens. "
     text += f"The run takes {budget:,} tokens, {epochs:.2f} epochs. " * bool(budget)
     text += f'Documents are counted as seen after {epochs:.2f} epochs, "dropped" includes val, the rest is train.\n'
-    for title, rows in ("group", groups), ("file", {file["name"]: [file] for file in files}):
+    for title, rows in ("group", [*groups.items()]), ("file", [(file["name"], [file]) for file in files]):
         table = [(title, *HEAD), ("---", *["---:"] * (len(HEAD) - 1), "---")]
-        table += [cells(name, of, per_epoch, epochs) for name, of in [*rows.items(), ("all", files)]]
+        table += [cells(name, of, per_epoch, epochs) for name, of in [*rows, ("all", files)]]
         text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
     return text
 

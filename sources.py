@@ -105,7 +105,8 @@ def find_files(source, config="", split="train"):
         return [File(f"{source} {config} {split}".replace("  ", " "), partial(hub_rows, source, config, split))]
     path = local_directory(source, "*.jsonl", "*.parquet", repo_type="dataset")
     kinds = KINDS if split else (".jsonl", ".parquet")  # the .json of a repository describe it
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.suffix in kinds}
+    files = (file for file in path.rglob("*") if file.suffix in kinds and file.is_file())
+    names = {file.relative_to(path).as_posix(): file for file in files}
     found = [name for name in sorted(names) if any(part.startswith(split) for part in name.split("/"))]
     if not found:
         named = f" named after the split '{split}'" if split else ""
@@ -157,7 +158,10 @@ def parquet_rows(path):
     with errors_name_file(path):
         import pyarrow.parquet as parquet
 
-        for batch in parquet.ParquetFile(path, buffer_size=2**20).iter_batches(256):
+        file = parquet.ParquetFile(path, buffer_size=2**20)
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        row = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
+        for batch in file.iter_batches(int(min(256, max(1, MAX_TEXT_BYTES / max(1, row))))):
             n = len(batch) if batch.nbytes < MAX_TEXT_BYTES else 1
             for first in range(0, len(batch), n):
                 yield from batch.slice(first, n).to_pylist()
@@ -180,7 +184,9 @@ def hub_rows(source, config, split):
 
 def item_size(item):
     """Bytes of an item, about."""
-    return sum(len(v) for v in item.values() if isinstance(v, str)) if isinstance(item, dict) else len(item)
+    if isinstance(item, (dict, list)):
+        return sum(map(item_size, item.values() if isinstance(item, dict) else item))
+    return len(item) if isinstance(item, (str, bytes)) else 8
 
 
 def parse(item):

@@ -12,13 +12,14 @@ import re
 
 def worked_and_boxed(row):
     """MATH: the solution, and the content of its last box alone."""
-    boxed = row["solution"].rpartition("\\boxed{")[2]
+    _, box, boxed = row["solution"].rpartition("\\boxed{")
     depth, end = 1, 0
     while depth and end < len(boxed):
         depth += {"{": 1, "}": -1}.get(boxed[end], 0)
         end += 1
     working = {"instruction": row["problem"], "response": row["solution"], "condition": "cot"}
-    return [working, {**working, "response": f"\\boxed{{{boxed[: end - 1]}}}", "condition": "direct"}]
+    direct = {**working, "response": f"\\boxed{{{boxed[: end - 1]}}}", "condition": "direct"}
+    return [working, direct] if box and not depth else [working]
 
 
 def without_thoughts(row):

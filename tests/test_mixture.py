@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,9 +138,12 @@ def test_validation_is_held_to_the_same_shares(tmp_path, corpus):
 # rules and sources
 
 
+NONE = 2
+
+
 def to_pairs(row):
     """As a function in a config file: two of a row, one, or none."""
-    if row["n"] == 2:
+    if row["n"] == NONE:
         return None
     pair = {"instruction": f"{row['n']}?", "response": str(row["n"]), "condition": "cot"}
     return [pair, {**pair, "condition": "direct"}] if row["n"] == 1 else pair
@@ -160,9 +165,14 @@ def test_rules_with_sources_of_their_own(tmp_path, corpus):
         "<|im_start|><|object_ref_end|>3?<|im_end|>3<|box_end|>",
     ]
     first = files["twice/n.jsonl"]["train"]
-    assert (first["rows"], first["documents"], first["dropped"]) == (4, 3, {"rows() fails": 1})
+    assert (first["rows"], first["documents"], first["dropped"]) == (
+        4,
+        3,
+        {"rows() fails": 1, "left out by rows()": 1},
+    )
     assert [file["val"]["documents"] for file in files.values()] == [0, 0, 0, 2]
-    assert "def to_pairs(row):" in meta["prepare_args"]["mixture"][0]["rows"]
+    source, named = meta["prepare_args"]["mixture"][0]["rows"]
+    assert "def to_pairs(row):" in source and named["NONE"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -175,10 +185,14 @@ def test_rules_with_sources_of_their_own(tmp_path, corpus):
         ([5], "it is 5, and no dict such as"),
         ([{"files": ["a", 5]}], "files cannot be of type list"),
         ([{"rows": "x"}], "rows cannot be 'x'"),
-        ([{"files": "nothing*"}], "has no file for the rule nothing.* of mixture"),
+        ([{"files": "nothing*"}], "has no file, or none is left, for the rule nothing.* of mixture"),
+        ([{"files": "b*"}, {"files": "bees*"}], "none is left, for the rule bees"),
+        ([{"split": "test"}], "split is of a source, and it names none"),
+        ([{"rows": partial(dict)}], "rows cannot be of type partial"),
         ([{"too_long": "ignore"}], "too_long must be truncate, drop or stop, not 'ignore'"),
         ([{"condition": "cto"}], "unknown condition 'cto'"),
-        ([{"rows": lambda row: 5}], "line 1: rows.. gave 5"),
+        ([{"rows": lambda row: 5}], "line 1: rows.. gave: 5"),
+        ([{"rows": lambda row: ["x"]}], "line 1: rows.. gave: 'x'"),
         ([{"rows": lambda row: {"x": 5}}], "line 1: no field 'instruction': the row's fields are 'x'"),
     ],
 )
@@ -207,7 +221,10 @@ def test_the_example_of_raw_sources(tmp_path, monkeypatch):
     turns = [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "<think>Hm.\nHm?</think>\n\nBecause."}]
     shapes = {
         "openai/gsm8k": [{"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}],
-        "EleutherAI/hendrycks_math": [{"problem": "Half?", "solution": solution}],
+        "EleutherAI/hendrycks_math": [
+            {"problem": "Half?", "solution": solution},
+            {"problem": "No box?", "solution": "\\boxed 2"},
+        ],
         "open-thoughts/OpenThoughts2-1M": [{"conversations": turns}, {"conversations": []}],
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, streaming: shapes[name])
@@ -217,16 +234,17 @@ def test_the_example_of_raw_sources(tmp_path, monkeypatch):
     assert [text.partition("<|im_end|>")[2] for text in texts[:2]] == ["It is 4.\n#### 4<|box_end|>", "4<|box_end|>"]
     assert f"<|im_start|><|object_ref_end|>Half?<|im_end|>{solution}<|box_end|>" in texts
     assert "<|im_start|><|object_ref_start|>Half?<|im_end|>\\boxed{\\frac{2}{4}}<|box_end|>" in texts
+    assert sum("No box?" in text for text in texts) == 7  # with its working alone
     assert texts[-1] == "<|im_start|><|quad_end|><|object_ref_end|>Why?<|im_end|>Because.<|box_end|>"
     assert meta["splits"]["train"]["dropped"] == {"rows() fails": 1}
 
 
 def test_the_tokenizers_sample_takes_the_same_share_of_all_files(tmp_path, corpus):
     o = {**data.settings, "source": str(corpus), "split": "", "mixture": [{"files": "big__0*", "cap": 3}, RULES[3]]}
-    parts = mixture.find_parts(type("o", (), o))
+    parts = mixture.find_parts(SimpleNamespace(**o))
     texts = [*sample_texts(parts, 0)]
     counts = Counter(next(name for name in SIZES if name in text) for text in texts[::2])
-    assert 98 <= counts["big__0.jsonl"] <= 100  # ten caps' worth are 30, but it is read by the hundred
+    assert 29 <= counts["big__0.jsonl"] <= 31  # ten caps' worth
     assert all(counts[name] > 0.9 * n for name, n in SIZES.items() if "big__0" not in name)
 
 
@@ -313,6 +331,17 @@ def test_two_preparations_of_one_dataset_do_not_mix(tmp_path, corpus):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another data.py is preparing"):
             of_corpus(tmp_path / "d", corpus)
+
+
+def test_rows_in_memory_are_few_however_they_are_nested(tmp_path):
+    """A job is of few bytes, and of Parquet few rows are read at a time."""
+    large = [{"turns": [{"value": "x" * 2**20}]}] * 20
+    write_parquet(tmp_path / "x.parquet", [{"id": i, **row} for i, row in enumerate(large)])
+    write_jsonl(tmp_path / "y.jsonl", large)
+    o = SimpleNamespace(**data.settings | {"source": str(tmp_path), "split": ""})
+    jobs = [*data.batches(mixture.find_parts(o), 0)]
+    sizes = [len(items) for _, (_, _, items) in jobs if items]
+    assert max(sizes) == 1 and sum(sizes) == 40 and min(size for size, (*_, items) in jobs if items) > 2**20
 
 
 def test_the_report_adds_up(tmp_path, corpus):
