@@ -21,7 +21,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from common import brief, errors_name_file, one_line
-from sources import File, find_files, item_size, parse, to_pair, word_problems
+from puzzles import find_rows
+from sources import File, find_files, item_size, parse, to_pair
 from tokenizer import condition_tags
 
 RULE = {
@@ -106,9 +107,9 @@ def fits(name, rule):
 
 def files_of(rule, o):
     """Yields (File, share of it that goes to val) for the files of a rule's source."""
-    if rule.source == "problems":
+    if rows := find_rows(rule.source):
         for n, split in (o.n_problems, "train"), (o.n_val_problems, "val"):
-            yield File(f"{split} problems", partial(word_problems, split, n, o.seed)), float(split == "val")
+            yield File(f"{split} {rule.source}", partial(rows, split, n, o.seed)), float(split == "val")
         return
     for file in find_files(rule.source, rule.source_config, rule.split):
         yield file, 0.0 if rule.val_split else o.val_fraction
