@@ -88,8 +88,8 @@ def grids():
 
 
 def sudoku4(rng, blanks):
-    """A 4x4 Sudoku with so many blanks and one solution. All 288 solutions are in training; what is held out are
-    puzzles, of which 2 blanks make 34,560."""
+    """A 4x4 Sudoku with so many blanks and one solution. What is held out are puzzles, of which 2 blanks make 34,560,
+    less those with two solutions; their 288 solutions are in training, too."""
     found, bits = grids()
     while True:
         grid, holes = rng.choice(found), {*rng.sample(range(16), blanks)}
