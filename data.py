@@ -1,6 +1,7 @@
 """Instruction/response pairs -> tokens -> the bins that loader.py reads.
 
     python data.py                                   # the embedded word problems -> data/problems
+    python data.py --dataset=add6 --source=addition:6    # 6-digit numbers; for other puzzles see puzzles.py
     python data.py config/gsm8k.py                   # GSM8K from the Hugging Face hub -> data/gsm8k
     python data.py config/hrm1b.py                   # a mixture of hundreds of files: see mixture.py
     python data.py --dataset=mine --source=pairs.jsonl --tokenizer=gpt2
@@ -45,7 +46,7 @@ from workers import in_order
 
 # ---- settings ----
 dataset = "problems"  # the name of what is made: data/<dataset>
-source = "problems"  # embedded word problems; or a hub id, a .jsonl, .json or .parquet file, or a directory
+source = "problems"  # or addition:6 (see puzzles.py), a hub id, a .jsonl, .json or .parquet file, or a directory
 source_config = ""  # the hub dataset's configuration
 split = "train"  # of the source; "": all files of a directory, or of a repository on the hub
 val_split = ""  # of the source; "": val_fraction of the documents of split
@@ -56,7 +57,7 @@ condition = ""  # of rows that have none: direct, cot, synth, noisy, or several,
 answer = ""  # responses end in "#### N": "cot" keeps the working, "direct" only N; both become the condition
 strip_annotations = False  # drop <<48/2=24>> from responses
 skip_bad = False  # leave malformed and empty rows out and count them; otherwise the first one stops
-n_problems = 40000  # how many word problems to make for training
+n_problems = 40000  # how many word problems, or puzzles, to make for training
 n_val_problems = 1000  # and for validation
 tokenizer = "bytes"  # or train:4096, a tiktoken encoding, a BPE file in its format, a model's directory or hub id
 pat_str = ""  # how text is split before a BPE file's or a trained BPE's merges: a regex; hrm: the published; "": ours

@@ -21,7 +21,8 @@ from types import FunctionType, GeneratorType, ModuleType, NoneType, SimpleNames
 from typing import NamedTuple
 
 from common import brief, errors_name_file, one_line
-from sources import File, find_files, item_size, parse, to_pair, word_problems
+from puzzles import find_rows
+from sources import File, find_files, item_size, parse, to_pair
 from tokenizer import MAX_TRAINING_CHARS, condition_tags
 
 RULE = {
@@ -110,10 +111,10 @@ def fits(name, rule):
 
 def files_of(rule, o):
     """Yields (File, share of it that goes to val) for the files of a rule's source."""
-    if rule.source == "problems":
+    if rows := find_rows(rule.source):
         for n, split in (o.n_problems, "train"), (o.n_val_problems, "val"):
-            items = partial(word_problems, split, n, o.seed)
-            yield File(f"{split} problems", items, size=88 * n), float(split == "val")
+            items = partial(rows, split, n, o.seed)
+            yield File(f"{split} {rule.source}", items, size=88 * n), float(split == "val")
         return
     for file in find_files(rule.source, rule.source_config, rule.split):
         yield file, 0.0 if rule.val_split else o.val_fraction

@@ -39,6 +39,11 @@ PROBLEMS = [  # a text and its steps; a step takes two of the numbers a, b, c an
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
 
+def held_out(text):
+    """Whether what a text stands for is kept for "val": one in ten."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
 def draw_numbers(rng, steps, split):
     """({"a", "b", "c", "x"}, the steps worked out), with every result a whole number above 0."""
     while True:
@@ -56,7 +61,7 @@ def draw_numbers(rng, steps, split):
             result = OPERATIONS[operation](number[left], number[right])
             working.append(f"{number[left]}{operation}{number[right]}={result}")
             number["x"], least = result, min(least, result)
-        if least > 0 and (zlib.crc32(combination.encode()) % 10 == 0) == (split == "val"):
+        if least > 0 and held_out(combination) == (split == "val"):
             return number, working
 
 
