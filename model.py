@@ -92,7 +92,7 @@ class HRMConfig:
         if self.n_layer % 2:
             raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
         if self.n_layer // 2 * self.n_steps > MAX_DEPTH:
-            depth = f"n_layer / 2 * {self.n_steps:,} steps = {self.n_layer // 2 * self.n_steps:,}"
+            depth = f"by n_layer, H_cycles and L_cycles, {self.n_layer // 2 * self.n_steps:,}"
             raise ValueError(f"{depth} blocks follow each other in this model, and {MAX_DEPTH:,} may")
 
     @property
