@@ -50,7 +50,7 @@ class HRMConfig:
     H_cycles: int = 2  # H-steps per forward pass
     L_cycles: int = 3  # L-steps before each H-step
     recurrence: str = "hrm"  # one of RECURRENCES
-    norm: str = "magic"  # at a stack's exit, and before its blocks' products; "pre": these and lm_head; "post": after
+    norm: str = "magic"  # pre-norm blocks, a norm at a stack's exit; "pre": before lm_head instead; "post": after sums
     prefix_lm: bool = True  # False: attention is causal in the prefix too; packed rows and caches follow
     expansion: float = 4.0  # MLP width of a plain MLP, as a multiple of n_embd
     n_ff: int | None = None  # MLP width; None: 2/3 of that (a gated MLP has three matrices), rounded up to 256s
@@ -105,7 +105,8 @@ class HRMConfig:
 # ---- the mask rule ----
 def visible_keys(doc, prefix):
     """Packing and PrefixLM in one rule: query q of a row sees the keys first[q] <= k < last[q]. `first` is the start of
-    its document; `last` is the end of the prefix for a query in the prefix, and q + 1 for one in the response.
+    its document; `last` is the end of the prefix for a query in the prefix, and q + 1 for one in the response. Without
+    prefix_lm, forward() and the engine's prefill call nothing a prefix, so that packed rows and caches are causal.
     doc (B, T) int, -1 for padding, prefix (B, T) bool -> first, last (B, T) int64."""
     T = doc.size(1)
     place = torch.arange(T, device=doc.device).expand_as(doc)
@@ -284,7 +285,7 @@ class HRM(nn.Module):
         hrm          L_cycles times z_L = L(z_L + z_H), then z_H = H(z_H + z_L), all that H_cycles times
         trm          the same, where H and L share their weights (arXiv 2510.04871)
         looped       z = L(H(z + x)), both stacks as one, for the next even number of steps
-        rins         z = H(z + x) in all steps but the last, which is L(z) (arXiv 2502.07503; its r is n_steps - 1)
+        rins         z = H(z + x) in all steps but the last, that is L(z) (arXiv 2502.07503: r = n_steps - 1, x once)
         transformer  L(H(x)), both stacks as one, in two steps
 
         Here x, or the first z_H, are the embeddings, and the first z, or z_L, is z_L_init. All but the last take
