@@ -42,6 +42,10 @@ def load_for_inference(
     model.config = replace(c, H_cycles=H_cycles or c.H_cycles, L_cycles=L_cycles or c.L_cycles)
     if not abs(guidance) <= 100:
         raise ValueError(f"guidance must be from -100 to 100, not {guidance}")
+    if c.recurrence == "transformer" and (H_cycles or L_cycles):
+        raise ValueError(f"{source} is a plain Transformer, which has neither H_cycles nor L_cycles")
+    if guidance and c.recurrence not in ("hrm", "trm"):
+        raise ValueError(f"guidance compares the last two H-steps, which recurrence = {c.recurrence!r} does not have")
     if guidance and model.config.H_cycles < 2:
         raise ValueError("guidance compares the last two H-steps, and with H_cycles=1 there is one")
     model.guidance, condition = guidance, choose_condition(condition, source)
@@ -218,6 +222,7 @@ class Engine:
         config, device = model.config, model.embed.device
         self.model, self.made_for, self.flex = model, made_for(model, n_slots), model.uses_flex()
         self.options = dict(device=device, dtype=model.compute_dtype)
+        self.norms = config.norm_eps, config.norm == "post"
         self.weights, self.graphs, self.use_graphs = model.cast_weights(), {}, device.type in CUDA_GRAPH_DEVICES
         self.max_len = cache_length(model, max_len)
         shape = (n_slots, config.n_head, self.max_len + 1, config.head_dim)  # one more, so that every view is a part
@@ -253,10 +258,10 @@ class Engine:
         caches = iter(self.caches)
 
         def run_block(x, w, cos, sin):
-            g, q, *kv = project_gqkv(x, w.gqkv_proj, cos, sin, config.norm_eps)
+            g, q, *kv = project_gqkv(x, w.gqkv_proj, cos, sin, *self.norms)
             for cache, new in zip(next(caches), kv):
                 cache[slot, :, pos[0, :n]] = new[0, :n]
-            return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], config.norm_eps)
+            return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], *self.norms)
 
         z_H = self.model.recurrence(idx, pos, self.weights, run_block)
         self.ids[slots] = self.choose(F.linear(z_H[0, ends], self.weights.lm_head))
@@ -282,7 +287,7 @@ class Engine:
 
     def _logits(self, length):
         """Of the token after the newest of every slot, which sees the cache's positions up to its own."""
-        caches, eps, run = iter(self.caches), self.model.config.norm_eps, decode_block
+        caches, run = iter(self.caches), decode_block
         if self.flex:
             mask = see_up_to(self.mask, self.pos)
         else:
@@ -294,7 +299,7 @@ class Engine:
                 torch._dynamo.mark_dynamic(mask, 3)
 
         def run_block(x, w, cos, sin):
-            return run(x, w, cos, sin, eps, *next(caches), self.slots, self.pos, mask)
+            return run(x, w, cos, sin, *self.norms, *next(caches), self.slots, self.pos, mask)
 
         z_H = self.model.recurrence(self.ids[:, None], self.pos[:, None], self.weights, run_block)
         return F.linear(z_H[:, 0], self.weights.lm_head)
@@ -305,17 +310,17 @@ def all_tensors(weights):
     return [*sum((*weights.H, *weights.L), ()), weights.lm_head]
 
 
-def decode_block(x, w, cos, sin, eps, k_cache, v_cache, slots, pos, mask):
+def decode_block(x, w, cos, sin, eps, post_norm, k_cache, v_cache, slots, pos, mask):
     """A block on one new token per slot: x (n_slots, 1, n_embd); caches (n_slots, n_head, max_len + 1, head_dim); mask
     a BlockMask, or (n_slots, 1, 1, length), to be added to the scores."""
-    g, q, k, v = project_gqkv(x, w.gqkv_proj, cos, sin, eps, linear)
+    g, q, k, v = project_gqkv(x, w.gqkv_proj, cos, sin, eps, post_norm, linear)
     k_cache[slots, :, pos], v_cache[slots, :, pos] = k[:, 0], v[:, 0]
     q = q.transpose(1, 2)
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k_cache, v_cache, block_mask=mask, scale=1.0).transpose(1, 2)  # it splits long keys
     else:
         y = cached_attention(q, *(cache[:, :, : mask.size(-1)] for cache in (k_cache, v_cache)), mask)
-    return output_and_mlp(x, g, y, *w[1:], eps, linear)
+    return output_and_mlp(x, g, y, *w[1:], eps, post_norm, linear)
 
 
 # Two loops that Inductor makes fast on a CPU, where torch's kernels for one row and for one query are not.

@@ -43,6 +43,7 @@ HF_FIXED = {"model_type": "hrm_text", "hidden_act": "silu", "tie_word_embeddings
 HF_FIXED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "rope_scaling": None}
 HF_DEFAULTS = {"head_dim": 128, "prefix_lm": True, "H_cycles": 2, "L_cycles": 3, "rms_norm_eps": 1e-6}
 HF_DEFAULTS |= {"rope_theta": 1e4, "initializer_range": 0.02}
+HF_WITHOUT = 0, False, None, "hrm", "magic"  # values of our other settings that ask for nothing that it lacks
 HF_OUTSIDE = {"embed": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "z_L_init": "model.z_L_init"}
 HF_PARTS = {"gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -149,9 +150,13 @@ def save_hf(model, directory, **config):
 
     directory, ours, state = Path(directory), model.config, model.state_dict()
     block_weights = {f"{s}.{i}.{w}" for s in "HL" for i in range(ours.n_layer // 2) for w in BlockWeights._fields}
-    settings = {field.name for field in fields(ours) if getattr(ours, field.name)}  # 0, False and None mean: off
-    settings -= {name for name, _ in HF_CONFIG.values()} | {"n_layer", "expansion"}
-    if foreign := [*sorted(settings), *sorted(state.keys() - block_weights - HF_OUTSIDE.keys())]:
+    held = {"n_layer", "expansion", *(name for name, _ in HF_CONFIG.values())}
+    settings = {f.name: getattr(ours, f.name) for f in fields(ours) if f.name not in held}
+    if settings["recurrence"] == "trm":  # an HRM whose stacks are equal
+        settings["recurrence"] = "hrm"
+        state |= {name.replace("H.", "L.", 1): t.clone() for name, t in state.items() if name.startswith("H.")}
+    foreign = [f"{name} = {value!r}" for name, value in settings.items() if value not in HF_WITHOUT]
+    if foreign := [*foreign, *sorted(state.keys() - block_weights - HF_OUTSIDE.keys())]:
         raise ValueError(f"a model with {foreign[0]} is no HRM of transformers: the layout has no place for that")
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {hf_names(name)[0]: t.detach().cpu().contiguous() for name, t in state.items()}

@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     """One rank's rows of a step, each (rows, T), and four facts of the whole step, all ranks included."""
 
     idx: torch.Tensor  # int64 tokens, 0 in padding
-    targets: torch.Tensor  # int64, IGNORE in prefixes and padding
+    targets: torch.Tensor  # int64, IGNORE in padding, and in prefixes unless the loss is on all tokens
     doc: torch.Tensor  # int64 number of the document within its row, -1 in padding
     prefix: torch.Tensor  # bool
     n_targets: int
@@ -108,6 +108,7 @@ class Loader:
 
     LOOKAHEAD_DOCS = 128  # documents to choose from
     MAX_TOKENS = 2**27  # of a step; in memory they take 3.4 GB
+    loss_on = "response"  # of documents; or "all" of them but boq, where no token sees the next (the paper's P(x))
 
     def __init__(self, directory, split, rows, block_size, seed=0, rank=0, world_size=1, epochs=None, state=None):
         if rows < world_size:
@@ -150,6 +151,10 @@ class Loader:
         """Input tokens of documents (int64): all but their last."""
         starts, ends = spans(self.ends, documents)
         return ends - starts - 1
+
+    def _given(self, documents):
+        """How many ids of each document are no targets: its prefix, or boq alone."""
+        return self.prefixes[documents] if self.loss_on == "response" else np.ones_like(documents)
 
     def _fitting(self):
         """Yields, for each file, its documents that fit into a row: all, unless prepared for a larger block_size."""
@@ -216,18 +221,19 @@ class Loader:
         rows = self._next_rows()
         documents = np.concatenate(rows)
         n_tokens = int(self._lengths(documents).sum())
-        n_targets = n_tokens + len(documents) - int(self.prefixes[documents].sum())
+        n_targets = n_tokens + len(documents) - int(self._given(documents).sum())
         rows = rows[self.own_rows]
         shape = (len(rows), self.block_size)
         idx, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         doc, prefix = np.full(shape, -1, np.int64), np.zeros(shape, bool)
         for r, row in enumerate(rows):
             start = 0
-            for number, (first, last, n_prefix) in enumerate(zip(*spans(self.ends, row), self.prefixes[row])):
+            parts = zip(*spans(self.ends, row), self.prefixes[row], self._given(row))
+            for number, (first, last, n_prefix, n_given) in enumerate(parts):
                 document = self.tokens[first:last]
                 end, response = start + len(document) - 1, start + n_prefix
                 idx[r, start:end] = document[:-1]
-                targets[r, response - 1 : end] = document[n_prefix:]  # eoq predicts the first
+                targets[r, start + n_given - 1 : end] = document[n_given:]  # the last given, such as eoq, predicts one
                 doc[r, start:end] = number
                 prefix[r, start:response] = True
                 start = end

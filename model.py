@@ -3,6 +3,7 @@
 Notable features:
 - two stacks of Transformer blocks, slow H and fast L, applied many times per token
 - MagicNorm: a stack is pre-norm inside and ends in one RMSNorm, so the recurrent state is renormalised at every step
+- for comparison, other recurrences over the same stacks (HRM.recurrence), and blocks with plain pre-norm or post-norm
 - gradient through `bp_steps` steps of the recurrence only: the last H-steps and the last L-steps
 - PrefixLM: a document's prefix (the instruction) attends to itself in both directions, its response causally
 - packed rows: many documents per row, which neither see nor move each other
@@ -30,6 +31,8 @@ from common import brief
 from devices import compiled, upload
 
 IGNORE = -100  # target of positions that carry no loss
+RECURRENCES = ("hrm", "trm", "looped", "rins", "transformer")  # HRM.recurrence() tells what each is
+NORMS = ("magic", "pre", "post")
 LOGITS_PER_CHUNK = 2**28  # of the loss; a chunk takes 1 GB in fp32, and the peak is about 3 times that
 MAX_DEPTH = 10**4  # blocks that a forward pass may apply; the largest published model applies 288
 
@@ -41,12 +44,14 @@ class HRMConfig:
 
     vocab_size: int = 65536
     block_size: int = 4096  # context: tokens in a row, so also the longest document
-    n_layer: int = 32  # blocks in all, half of them in each stack
+    n_layer: int = 32  # blocks in all, half of them in each stack; of trm, whose stacks share weights, half exist
     n_head: int = 12
     n_embd: int = 1536
     H_cycles: int = 2  # H-steps per forward pass
     L_cycles: int = 3  # L-steps before each H-step
-    prefix_lm: bool = True  # False: attention is causal in the prefix too
+    recurrence: str = "hrm"  # one of RECURRENCES
+    norm: str = "magic"  # pre-norm blocks, a norm at a stack's exit; "pre": before lm_head instead; "post": after sums
+    prefix_lm: bool = True  # False: attention is causal in the prefix too; packed rows and caches follow
     expansion: float = 4.0  # MLP width of a plain MLP, as a multiple of n_embd
     n_ff: int | None = None  # MLP width; None: 2/3 of that (a gated MLP has three matrices), rounded up to 256s
     head_dim: int | None = None  # None: n_embd / n_head
@@ -66,6 +71,9 @@ class HRMConfig:
                 if not low <= getattr(self, name) <= high:
                     raise ValueError(f"{name} of a model must be {low} to {high}, not {brief(getattr(self, name))}")
 
+        for name, known in dict(recurrence=RECURRENCES, norm=NORMS).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {', '.join(known)}, not {brief(getattr(self, name))}")
         size, factor = (1, 2**31 - 1), (1e-15, 1e15)  # a factor's square fits into fp32
         check(*size, "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "H_cycles", "L_cycles")
         check(*factor, "expansion", "rope_theta", "norm_eps")
@@ -84,19 +92,21 @@ class HRMConfig:
         if self.n_layer % 2:
             raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
         if self.n_layer // 2 * self.n_steps > MAX_DEPTH:
-            depth = f"n_layer / 2 * H_cycles * (L_cycles + 1) = {self.n_layer // 2 * self.n_steps:,}"
+            depth = f"by n_layer, H_cycles and L_cycles, {self.n_layer // 2 * self.n_steps:,}"
             raise ValueError(f"{depth} blocks follow each other in this model, and {MAX_DEPTH:,} may")
 
     @property
     def n_steps(self):
-        """Stack applications in one forward pass."""
-        return self.H_cycles * (self.L_cycles + 1)
+        """Stacks that one forward pass applies, each of n_layer / 2 blocks."""
+        n = self.H_cycles * (self.L_cycles + 1)
+        return {"transformer": 2, "looped": n + n % 2}.get(self.recurrence, n)
 
 
 # ---- the mask rule ----
 def visible_keys(doc, prefix):
     """Packing and PrefixLM in one rule: query q of a row sees the keys first[q] <= k < last[q]. `first` is the start of
-    its document; `last` is the end of the prefix for a query in the prefix, and q + 1 for one in the response.
+    its document; `last` is the end of the prefix for a query in the prefix, and q + 1 for one in the response. Without
+    prefix_lm, forward() and the engine's prefill call nothing a prefix, so that packed rows and caches are causal.
     doc (B, T) int, -1 for padding, prefix (B, T) bool -> first, last (B, T) int64."""
     T = doc.size(1)
     place = torch.arange(T, device=doc.device).expand_as(doc)
@@ -124,27 +134,30 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def project_gqkv(x, gqkv_proj, cos, sin, eps, linear=F.linear):
+def project_gqkv(x, gqkv_proj, cos, sin, eps, post_norm, linear=F.linear):
     """x (B, T, n_embd) -> gate, query, key, value, each (B, T, n_head, head_dim)."""
-    gqkv = linear(norm(x, eps), gqkv_proj)
+    gqkv = linear(x if post_norm else norm(x, eps), gqkv_proj)
     g, q, k, v = gqkv.view(*x.shape[:2], 4, -1, 2 * cos.size(-1)).unbind(2)
     scale = q.size(-1) ** -0.5  # of the attention scores; here it costs nothing, and attend() does not scale
     # Of its own, so that the backward pass keeps a gate and a value and not all of gqkv for them.
     return g.contiguous(), rotate(q, cos * scale, sin * scale), rotate(k, cos, sin), v.contiguous()
 
 
-def output_and_mlp(x, g, y, o_proj, gate_up_proj, down_proj, eps, linear=F.linear):
+def output_and_mlp(x, g, y, o_proj, gate_up_proj, down_proj, eps, post_norm, linear=F.linear):
     """Add to x the gated output y of attention, then the MLP's."""
     x = x + linear((torch.sigmoid(g) * y).flatten(2), o_proj)
-    a, b = linear(norm(x, eps), gate_up_proj).chunk(2, dim=-1)
-    return x + linear(F.silu(a) * b, down_proj)
+    normed = norm(x, eps)
+    a, b = linear(normed, gate_up_proj).chunk(2, dim=-1)
+    x = (normed if post_norm else x) + linear(F.silu(a) * b, down_proj)
+    return norm(x, eps) if post_norm else x
 
 
-def block(x, w, cos, sin, eps, mask, compile=False):
-    """One pre-norm Transformer block: x (B, T, n_embd), w a BlockWeights -> (B, T, n_embd)."""
+def block(x, w, cos, sin, eps, post_norm, mask, compile=False):
+    """One Transformer block: x (B, T, n_embd), w a BlockWeights -> (B, T, n_embd). Its norms stand before attention and
+    MLP, or with post_norm after the sums."""
     project, finish = (compiled(f) if compile else f for f in (project_gqkv, output_and_mlp))
-    g, q, k, v = project(x, w.gqkv_proj, cos, sin, eps)
-    return finish(x, g, attend(q, k, v, mask), w.o_proj, w.gate_up_proj, w.down_proj, eps)
+    g, q, k, v = project(x, w.gqkv_proj, cos, sin, eps, post_norm)
+    return finish(x, g, attend(q, k, v, mask), w.o_proj, w.gate_up_proj, w.down_proj, eps, post_norm)
 
 
 class BlockWeights(NamedTuple):
@@ -226,7 +239,7 @@ class HRM(nn.Module):
         self.config = config
         self.embed = random_weight(config.vocab_size, config.n_embd)
         self.H = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
-        self.L = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
+        self.L = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2) if config.recurrence != "trm")
         self.lm_head = random_weight(config.vocab_size, config.n_embd)
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.set_compute()
@@ -259,50 +272,72 @@ class HRM(nn.Module):
             return w
 
         H, L = ([BlockWeights(*map(cast, block.parameters())) for block in stack] for stack in (self.H, self.L))
-        return SimpleNamespace(H=H, L=L, lm_head=cast(self.lm_head))
+        return SimpleNamespace(H=H, L=L or H, lm_head=cast(self.lm_head))  # those of trm are the same
 
     def backward_order(self):
         """The parameters, in the order in which a backward pass completes their gradients."""
         return [self.lm_head, *reversed([*self.L.parameters()]), *reversed([*self.H.parameters()]), self.embed]
 
     def recurrence(self, idx, pos, weights, run_block, bp_steps=None):
-        """Tokens idx (B, T) at positions pos (B, T) of their documents -> final z_H (B, T, n_embd).
+        """Tokens idx (B, T) at positions pos (B, T) of their documents -> final z_H (B, T, n_embd), what lm_head reads.
+        run_block(x, block_weights, cos, sin) applies one block; H and L apply the blocks of a stack, one step each:
 
-        run_block(x, block_weights, cos, sin) applies one block. With bp_steps = K, the last min(H_cycles, K - 1)
-        H-steps and the last L-steps, up to K in all, carry gradient, and the earlier ones run without (the paper's
-        deep credit assignment); None: all carry gradient.
+        hrm          L_cycles times z_L = L(z_L + z_H), then z_H = H(z_H + z_L), all that H_cycles times
+        trm          the same, where H and L share their weights (arXiv 2510.04871)
+        looped       z = L(H(z + x)), both stacks as one, for the next even number of steps
+        rins         z = H(z + x) in all steps but the last, that is L(z) (arXiv 2502.07503: r = n_steps - 1, x once)
+        transformer  L(H(x)), both stacks as one, in two steps
 
-        Auto-guidance (the paper's) gives (1 + w) z_H - w z_H of the H-step before: as the head is linear, the logits
-        are then combined just so."""
+        Here x, or the first z_H, are the embeddings, and the first z, or z_L, is z_L_init. All but the last take
+        H_cycles * (L_cycles + 1) steps, and so, of one shape and bp_steps, the same FLOP per token.
+
+        With bp_steps = K, the last K steps carry gradient, but of hrm and trm the last min(H_cycles, K - 1) H-steps and
+        the last L-steps, up to K in all (the paper's deep credit assignment). None: all, which is full backpropagation.
+
+        Auto-guidance (the paper's), of hrm and trm, gives (1 + w) z_H - w z_H of the H-step before: as the head is
+        linear, the logits are then combined just so."""
         config = self.config
-        K = config.n_steps if bp_steps is None else bp_steps
-        if not 2 <= K <= config.n_steps:
-            raise ValueError(f"bp_steps must be from 2 to H_cycles * (L_cycles + 1) = {config.n_steps}, not {K}")
-        H_grad = min(config.H_cycles, K - 1)
-        first_H = config.H_cycles - H_grad  # the first step of each kind that carries gradient, counted over all rounds
-        first_L = config.H_cycles * config.L_cycles - (K - H_grad)
-
+        n, K = config.n_steps, config.n_steps if bp_steps is None else bp_steps
+        if not 2 <= K <= n:
+            raise ValueError(f"bp_steps must be from 2 to {n}, the steps of this recurrence, not {K}")
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim)
         angle = pos[:, :, None, None] * frequency  # (B, T, 1, head_dim/2), fp32
         cos, sin = angle.cos(), angle.sin()
         grad_enabled = torch.is_grad_enabled()
 
-        def apply_stack(stack, z, injection, requires_grad):
+        def apply_stack(stack, z, injection, requires_grad, ends=True):
             with torch.set_grad_enabled(grad_enabled and requires_grad):
                 x = z + injection
                 if torch.is_grad_enabled() and not x.requires_grad:
                     x.requires_grad_()  # a block's input then always requires gradient, which spares a compilation
                 for block_weights in stack:
                     x = run_block(x, block_weights, cos, sin)
-                return norm(x, config.norm_eps)  # MagicNorm
+                return norm(x, config.norm_eps) if ends and config.norm == "magic" else x
 
-        z_H = (F.embedding(idx, self.embed) * config.embed_scale).to(self.compute_dtype)
-        z_L = self.z_L_init.to(self.compute_dtype).expand_as(z_H)
-        for h in range(config.H_cycles):
-            for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
-                z_L = apply_stack(weights.L, z_L, z_H, l >= first_L)
-            before, z_H = z_H, apply_stack(weights.H, z_H, z_L, h >= first_H)
-        return torch.lerp(before, z_H, 1 + self.guidance) if self.guidance else z_H
+        def read_out(z):
+            return norm(z, config.norm_eps) if config.norm == "pre" else z
+
+        H, L = weights.H, weights.L
+        x = (F.embedding(idx, self.embed) * config.embed_scale).to(self.compute_dtype)
+        z = self.z_L_init.to(self.compute_dtype).expand_as(x)
+        if config.recurrence in ("hrm", "trm"):
+            z_H, z_L, H_grad = x, z, min(config.H_cycles, K - 1)
+            first_H = config.H_cycles - H_grad  # the first of each kind that carries gradient, counted over all rounds
+            first_L = config.H_cycles * config.L_cycles - (K - H_grad)
+            for h in range(config.H_cycles):
+                for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
+                    z_L = apply_stack(L, z_L, z_H, l >= first_L)
+                before, z_H = z_H, apply_stack(H, z_H, z_L, h >= first_H)
+            return torch.lerp(read_out(before), read_out(z_H), 1 + self.guidance) if self.guidance else read_out(z_H)
+        if config.recurrence == "rins":
+            for i in range(n - 1):
+                z = apply_stack(H, z, x, i >= n - K)
+            return read_out(apply_stack(L, z, 0, True))
+        z = z if config.recurrence == "looped" else 0
+        for i in range(0, n, 2):
+            z = apply_stack(H, z, x, i >= n - K, ends=False)
+            z = apply_stack(L, z, 0, i + 1 >= n - K)
+        return read_out(z)
 
     def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None, weights=None, at=None):
         """idx, targets: (B, T) int64, targets IGNORE where there is no loss; doc: (B, T) int, each token's document,
@@ -329,7 +364,8 @@ class HRM(nn.Module):
             mask = flex_mask(upload(first, device), upload(last, device), kernel)
         else:
             mask = padded_batches(first.cpu(), last.cpu(), self.config.n_head, device, self.compute_dtype)
-        run_block = partial(block, eps=self.config.norm_eps, mask=mask, compile=self.compile_blocks)
+        norms = dict(eps=self.config.norm_eps, post_norm=self.config.norm == "post")
+        run_block = partial(block, **norms, mask=mask, compile=self.compile_blocks)
         if self.recompute == "blocks":
             run_block = partial(checkpoint, run_block, use_reentrant=False)
         h = self.recurrence(upload(idx, device), pos, weights, run_block, bp_steps)
@@ -351,7 +387,7 @@ class HRM(nn.Module):
         """Matrix-multiply FLOP of one training step per token, attention scores excluded: 2 per weight and use forward,
         4 backward, where every position counts as one that goes through the head."""
         c = self.config
-        stack = sum(p.numel() for p in self.H.parameters())
+        stack = sum(p.numel() for p in self.H.parameters())  # what a step applies
         return stack * (2 * c.n_steps + 4 * bp_steps) + 6 * c.vocab_size * c.n_embd
 
     @classmethod

@@ -6,9 +6,8 @@
     python train.py --init_from=resume --out_dir=out                          # go on from out/ckpt.pt
 
 A step is batch_size rows of packed documents, shared among the ranks and then among micro-batches; the number of either
-changes nothing but speed and memory. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end. A run that was killed,
-whenever that was, goes on to the same weights, bit for bit with as many CPU threads; under torchrun --max-restarts=N it
-does so by itself.
+changes nothing but speed and memory. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end. A run that was killed
+goes on to the same weights, bit for bit with as many CPU threads; under torchrun --max-restarts=N it does so by itself.
 """
 
 from configurator import configure
@@ -66,8 +65,11 @@ n_head = 2
 n_embd = 64
 H_cycles = 2
 L_cycles = 3
-prefix_lm = True
+recurrence = "hrm"  # or trm, looped, rins, transformer: see HRM.recurrence in model.py
+norm = "magic"  # or pre, post: where a block's norms stand
+prefix_lm = True  # False: a causal mask in the instruction too
 # optimizer
+loss_on = "response"  # or all, of a document's tokens but the first; the validation loss is that of responses always
 max_iters = 1000
 epochs = 0.0  # above 0: sets max_iters to this many passes over the data
 learning_rate = 1e-3
@@ -79,7 +81,7 @@ beta2 = 0.95
 ema = 0.99  # decay of the weights' moving average, which is what is evaluated, sampled and exported
 ema_ramp = True  # decay is at most (1 + step) / (10 + step), so that a short run's average is not its start
 bp_min = 2  # steps of the recurrence with gradient, at the start of training
-bp_max = 0  # and after bp_warmup; 0: 5, or all steps of a model that has fewer
+bp_max = 0  # and after bp_warmup; 0: 5, or all steps of a model that has fewer, such as a transformer's 2
 bp_warmup = 0.2  # share of training in which bp_steps rises
 # system
 device = "auto"  # cpu, cuda or mps
@@ -205,8 +207,7 @@ def make_model(start_from, ckpt_meta, data_dir):
         config = HRMConfig(**ckpt_meta["config"]) if ckpt_meta else HRMConfig(vocab_size=n_ids, **shape)
         differs = ", ".join(f"{k} {getattr(config, k)}" for k in shape if shape[k] != getattr(config, k))
         if differs and ckpt_meta["origin"] == "scratch":
-            advice = "resume with the settings it began with"
-            raise ValueError(f"{out_dir}/ckpt.pt holds another model than asked for ({advice}): there, {differs}")
+            raise ValueError(f"{out_dir}/ckpt.pt holds another model; resume with its settings: {differs}")
         try:
             with torch.device(device):  # a CPU's thread would take a minute to draw 1B weights
                 model = HRM(config)
@@ -234,8 +235,7 @@ def check_ranks_agree(data_dir):
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
     meta = read_meta(data_dir)
     ours = {f"{data_dir / name}": check_file(data_dir, name, meta) for name in FILES}
-    ours |= {"the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__}
-    ranks.check_agreement(ours)
+    ranks.check_agreement({**ours, "the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__})
 
 
 def setup():
@@ -266,6 +266,7 @@ def setup():
         ckpt_meta = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer")} if ckpt else None
         start_from, ckpt_meta = gather((start_from, ckpt_meta))[0]
         loader = make_loader(data_dir, "train", seed, state=ckpt_meta and ckpt_meta["loader"])
+        loader.loss_on = loss_on
         val_loader = make_loader(data_dir, "val", epochs=1)
         if epochs:
             max_iters = max(1, round(epochs * loader.n_tokens / (batch_size * block_size)))
@@ -273,9 +274,10 @@ def setup():
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
         model.set_compute(dtype, attention, compile, recompute)
         bp_max = bp_max or min(5, model.config.n_steps)
-        if not 2 <= bp_min <= bp_max <= model.config.n_steps:
-            steps = f"H_cycles * (L_cycles + 1) = {model.config.n_steps}"
-            raise ValueError(f"bp_min ({bp_min}) and bp_max ({bp_max}) must rise from 2 to at most {steps}")
+        if not 2 <= bp_min <= bp_max <= (n_steps := model.config.n_steps):
+            raise ValueError(f"bp_min ({bp_min}) and bp_max ({bp_max}) must rise from 2 to at most {n_steps}")
+        if loss_on != "response" and (loss_on != "all" or model.config.prefix_lm):  # which would show the next token
+            raise ValueError(f"loss_on must be response, or all (which needs prefix_lm=False), not {loss_on}")
         options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)
         optimizer = AdamATan2(model.parameters(), **options, compile=compile)
         if ckpt:
@@ -315,9 +317,7 @@ def main():
 
     def check_finite():
         """End the run, or count, for pending steps whose loss or gradient is not finite. Waits for the device."""
-        for step, documents, loss, is_finite in pending:
-            if is_finite:
-                continue
+        for step, documents, loss, _ in [entry for entry in pending if not entry[-1]]:  # the last: is_finite
             run["skipped"] += 1
             what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
             some = ", ".join(map(str, documents[:10])) + (", ..." if len(documents) > 10 else "")

@@ -68,8 +68,10 @@ def plain_logits(model, ids, n_prefix, bp_steps=None, earlier=False):
         pairs = torch.complex(x[:, : dim // 2], x[:, dim // 2 :]) * turn
         return torch.cat((pairs.real, pairs.imag), dim=-1)
 
+    post = c.norm == "post"
+
     def block(x, b):
-        y = rms(x)
+        y = x if post else rms(x)
         gate, q, k, v = (y @ w.T for w in b.gqkv_proj.chunk(4))
         heads = []
         for h in range(c.n_head):
@@ -77,28 +79,43 @@ def plain_logits(model, ids, n_prefix, bp_steps=None, earlier=False):
             score = rope(q[:, at]) @ rope(k[:, at]).T / dim**0.5
             heads.append(score.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, at])
         x = x + (torch.sigmoid(gate) * torch.cat(heads, dim=-1)) @ b.o_proj.T
-        gate, up = (rms(x) @ w.T for w in b.gate_up_proj.chunk(2))
-        return x + (F.silu(gate) * up) @ b.down_proj.T
+        x = rms(x) if post else x
+        gate, up = ((x if post else rms(x)) @ w.T for w in b.gate_up_proj.chunk(2))
+        x = x + (F.silu(gate) * up) @ b.down_proj.T
+        return rms(x) if post else x
 
-    def stack(x, blocks):
+    def stack(x, blocks, ends=True):
         for b in blocks:
             x = block(x, b)
-        return rms(x)
+        return rms(x) if ends and c.norm == "magic" else x
 
+    def logits(z):
+        return (rms(z) if c.norm == "pre" else z) @ model.lm_head.T
+
+    H, L = model.H, (model.H if c.recurrence == "trm" else model.L)
     K = bp_steps or c.n_steps
+    if c.recurrence not in ("hrm", "trm"):
+        n = c.H_cycles * (c.L_cycles + 1)
+        names = {"transformer": "HL", "looped": "HL" * ((n + 1) // 2), "rins": "H" * (n - 1) + "L"}[c.recurrence]
+        x = model.embed[ids] * c.n_embd**0.5
+        z = torch.zeros_like(x) if c.recurrence == "transformer" else model.z_L_init.expand(T, -1)
+        for i, name in enumerate(names):
+            z = stack(z + x, H, ends=c.recurrence == "rins") if name == "H" else stack(z, L)
+            z = z if i >= len(names) - K else z.detach()
+        return logits(z)
     H_grad = min(c.H_cycles, K - 1)
     L_grad = K - H_grad
     H_left, L_left = c.H_cycles, c.H_cycles * c.L_cycles
     z_H, z_L = model.embed[ids] * c.n_embd**0.5, model.z_L_init.expand(T, -1)
     while H_left:
         for _ in range(c.L_cycles):
-            z_L = stack(z_L + z_H, model.L)
+            z_L = stack(z_L + z_H, L)
             z_L = z_L if L_left <= L_grad else z_L.detach()
             L_left -= 1
-        before, z_H = z_H, stack(z_H + z_L, model.H)
+        before, z_H = z_H, stack(z_H + z_L, H)
         z_H = z_H if H_left <= H_grad else z_H.detach()
         H_left -= 1
-    return (before if earlier else z_H) @ model.lm_head.T
+    return logits(before if earlier else z_H)
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def test_what_the_layout_cannot_hold_is_refused(tmp_path):
     for dropout in 0.0, 0.1:
         model = HRM(Config(vocab_size=67, n_layer=2, n_head=2, n_embd=32, dropout=dropout))
         if dropout:
-            with pytest.raises(ValueError, match="a model with dropout is no HRM of transformers"):
+            with pytest.raises(ValueError, match="a model with dropout = 0.1 is no HRM of transformers"):
                 save_hf(model, tmp_path)
         else:
             save_hf(model, tmp_path)
