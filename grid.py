@@ -324,9 +324,8 @@ def main():
             if line or (run.out / "run.json").exists():
                 check_same(run, line or read_json(run.out / "run.json"))
         left, n_failed = [run for run in runs if (run.cell, run.task, run.seed) not in done], 0
+        print(f"{len(runs)} runs, of which {len(left)} are left to do", flush=True)
         if not status:
-            flops = sum(run.flops[-1] for run in left)
-            print(f"{len(runs)} runs, of which {len(left)} are left to do, with {flops:.3g} FLOP", flush=True)
             n_failed = execute_all(left, lines)
         found = {}
         for line in lines:

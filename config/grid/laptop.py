@@ -4,7 +4,7 @@ The paper's questions on a laptop: how much is the recurrence, how much the obje
     python grid.py config/grid/laptop.py        # 72 runs, under 3 hours on 2 cores; resumable at any moment
 
 All cells have the demo's width and blocks and the same training FLOP, so a Transformer, which applies its blocks once,
-sees more than twice the tokens of an HRM. TRM, whose stacks share their weights, has half of those in blocks, as the paper's.
+sees more than twice the tokens of an HRM. TRM, whose stacks share their weights, has half of those in blocks.
 """
 
 # grid.py
