@@ -8,7 +8,7 @@ task and a seed: a process of train.py, then one of eval.py on held-out document
 
     results.jsonl                    a line for each run that is complete
     grid.md                          means over the seeds, with their 95% intervals, per task and cell
-    loss.svg, accuracy.svg           validation loss against training FLOP; accuracies
+    loss.svg, accuracy.svg           validation loss (that of responses) against training FLOP; accuracies
     <cell>-<task>-<seed>/ and .txt   a run, and what its processes say
 
 FLOP are those of matrix products in training, padding included, attention scores and validation excluded.
@@ -59,7 +59,7 @@ seeds = [0, 1, 2]  # of training; all have the same data
 budget = "flops"  # what is the same for all runs: flops of training, tokens (padding included), or steps
 amount = 1e12  # so many of them; widths are the cells' own, so that they may have the same parameters, too
 points = 8  # validation losses of a run
-curves = []  # cells in the picture of losses, which compares only what has the same loss_on; []: all
+curves = []  # cells in the picture of losses; []: all
 limit = 0  # questions per evaluation; 0: all, but at most 1,000
 jobs = 1  # runs at a time
 threads = 1  # CPU threads of a run, whatever else is at work, as another number changes results by rounding
@@ -290,7 +290,7 @@ def draw(found):
                 color, style = f"C{number}", "o-" if number < 10 else "s--"
                 axes.plot(flops, [*map(statistics.mean, losses)], style, color=color, markersize=3, lw=1, label=cell)
                 axes.fill_between(flops, [*map(min, losses)], [*map(max, losses)], color=color, alpha=0.15, lw=0)
-        axes.set(title=task, xlabel="training FLOP (areas hold all seeds)", ylabel="validation loss", yscale="log")
+        axes.set(title=task, xlabel="training FLOP", ylabel="validation loss (areas: all seeds)", yscale="log")
     handles = {label: h for axes in panels[0] for h, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
     save_figure(figure, Path(out_dir, "loss.svg"))
@@ -302,7 +302,8 @@ def draw(found):
                 axes.errorbar(mean, y, xerr=half, fmt="o", color="C0", capsize=3)
                 axes.plot([100 * line["accuracy"] for line in lines], [y] * len(lines), "|", color="C1")
         axes.set(title=task, xlabel="accuracy, %, with its 95% interval (|: seeds)", xlim=(-2, 102))
-        axes.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
+        axes.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5))
+        axes.set_yticklabels(cells if axes is panels[0, 0] else [])
     save_figure(figure, Path(out_dir, "accuracy.svg"))
 
 
