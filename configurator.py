@@ -18,7 +18,7 @@ import types
 from contextlib import suppress
 from pathlib import Path
 
-SCRIPTS = [f"{name}.py" for name in "train data sample eval hf plot contamination bench bench_gpu".split()]
+SCRIPTS = [f"{name}.py" for name in "train data sample eval hf plot contamination grid bench bench_gpu".split()]
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 

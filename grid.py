@@ -1,0 +1,345 @@
+"""A grid of models, each trained on every task and from every seed within the same budget: a table, and two pictures.
+
+    python grid.py config/grid/laptop.py                    # after Ctrl-C or a kill, it does what is left
+    python grid.py config/grid/laptop.py --status=True      # the table and pictures of what is done so far
+
+The config file holds a grid's settings, and those of train.py and data.py that all its runs share. A run is a cell, a
+task and a seed: a process of train.py, then one of eval.py on held-out documents. In out_dir are
+
+    results.jsonl                    a line for each run that is complete
+    grid.md                          means over the seeds, with their 95% intervals, per task and cell
+    loss.svg, accuracy.svg           validation loss (that of responses) against training FLOP; accuracies
+    <cell>-<task>-<seed>/ and .txt   a run, and what its processes say
+
+FLOP are those of matrix products in training, padding included, attention scores and validation excluded.
+"""
+
+from configurator import configure
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+import train
+from common import (
+    check_types,
+    errors_name_file,
+    exit_on_error,
+    finish_rename,
+    lock_file,
+    one_line,
+    read_json,
+    replace_file,
+)
+from model import HRM, HRMConfig
+from plot import new_figure, save_figure
+from results import markdown_table, percent
+from tokenizer import read_meta
+
+# ---- settings ----
+out_dir = "out-grid"
+grid = [{"name": "hrm"}]  # cells: a name, and settings of train.py
+tasks = [{"dataset": "problems"}]  # settings of data.py; a dataset that is not there is made
+seeds = [0, 1, 2]  # of training; all have the same data
+budget = "flops"  # what is the same for all runs: flops of training, tokens (padding included), or steps
+amount = 1e12  # so many of them; widths are the cells' own, so that they may have the same parameters, too
+points = 8  # validation losses of a run
+curves = []  # cells in the picture of losses; []: all
+limit = 0  # questions per evaluation; 0: all, but at most 1,000
+jobs = 1  # runs at a time
+threads = 1  # CPU threads of a run, whatever else is at work, as another number changes results by rounding
+status = False  # train nothing
+settings = configure(globals())
+DEFAULTS = dict(train.settings)
+INTERRUPTED = "interrupted; the same command goes on with what is left"
+stopping = []  # holds True from an interruption on
+# ----------------------------------------------------------------------------------------------------
+
+
+def check_settings():
+    """Raise ValueError, in one sentence, for a setting that would fail later."""
+    for kind, dicts, key in ("grid", grid, "name"), ("tasks", tasks, "dataset"):
+        names = [d.get(key) if isinstance(d, dict) else None for d in dicts]
+        if wrong := [name for name in names if not isinstance(name, str) or not re.fullmatch(r"[\w.+=-]+", name)]:
+            raise ValueError(f"{kind} is a list of dicts with a {key} of letters, digits and -_.+=, not {wrong[0]!r}")
+        if not names or len({*names}) < len(names):
+            raise ValueError(f"{kind} must not be empty, and each {key} in it another: {', '.join(names)}")
+    if not seeds or len({*seeds}) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds are different whole numbers from 0 on, not {seeds}")
+    if budget not in ("flops", "tokens", "steps"):
+        raise ValueError(f"budget is flops, tokens or steps, not {budget}")
+    if unknown := {*curves} - {cell["name"] for cell in grid}:
+        raise ValueError(f"curves has {min(unknown)}, which is no cell of grid")
+    for key, least in dict(amount=1, points=1, jobs=1, threads=1, limit=0).items():
+        if not least <= settings[key] < math.inf:
+            raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
+
+
+def flags(values):
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def prepare_data(task, configs):
+    """Make a task's dataset, unless it is there. Returns how many ids its tokenizer has."""
+    directory = Path("data", task["dataset"])
+    finish_rename(directory)
+    if not (directory / "meta.json").exists():
+        command = [sys.executable, Path(__file__).with_name("data.py"), *configs, *flags(task)]
+        if subprocess.run(command).returncode:  # it has said why
+            sys.exit(f"grid.py: {directory} could not be prepared")
+    made = read_meta(directory)["prepare_args"]
+    if differs := [f"{k} {made.get(k)!r}" for k, v in task.items() if k != "dataset" and made.get(k) != v]:
+        raise ValueError(f"{directory} was made with {', '.join(differs)}; give the task's dataset another name")
+    return read_meta(directory)["vocab_size"]
+
+
+# ---- what the runs are ----
+def plan_runs(configs):
+    """The runs in the order of seeds, tasks and cells, so that a grid which is stopped has all of some seeds. Makes
+    datasets that are not there. Raises ValueError for settings with which a run cannot be."""
+    n_ids = [prepare_data(task, configs) for task in tasks]
+    runs = []
+    for cell in grid:
+        own = {key: value for key, value in cell.items() if key != "name"}
+        for task, n in zip(tasks, n_ids):
+            vars(train).update(DEFAULTS)
+            own |= {"dataset": task["dataset"]}
+            shape = train.settings = configure(vars(train), [*configs, *flags(own)])
+            with errors_name_file(f"the cell {cell['name']}", "cannot be trained"), torch.device("meta"):
+                train.check_settings()
+                model = HRM(HRMConfig(n, **{f.name: shape[f.name] for f in fields(HRMConfig) if f.name in shape}))
+                flops = flops_by_step(model)
+            own |= {"max_iters": len(flops), "eval_interval": -(-len(flops) // points)}
+            for seed in seeds:
+                run = SimpleNamespace(cell=cell["name"], task=task["dataset"], seed=seed, flops=flops)
+                run.out = Path(out_dir, f"{run.cell}-{run.task}-{seed}")
+                run.args = [*configs, *flags(own | {"seed": seed, "out_dir": run.out, "sample_prompts": 0})]
+                run.settings = shape | own | {"seed": seed, "out_dir": str(run.out), "sample_prompts": 0}
+                run.parameters = sum(p.numel() for p in model.parameters())
+                runs.append(run)
+    return sorted(runs, key=lambda run: seeds.index(run.seed))
+
+
+def flops_by_step(model):
+    """The FLOP of a run's first step, of the first two, and so on to the last that the budget allows, for a model of
+    train.py's present settings."""
+    per_step = train.batch_size * train.block_size
+    train.bp_max = train.bp_max or min(5, model.config.n_steps)  # as train.setup() does
+
+    def count(n):
+        train.max_iters = n  # on which the schedule depends
+        return [*accumulate(per_step * model.flops_per_token(train.bp_steps_at(step)) for step in range(n))]
+
+    n = int(amount / {"flops": count(1)[0], "tokens": per_step, "steps": 1}[budget])  # the first step is the cheapest
+    if budget == "flops":
+        while n and (flops := count(n))[-1] > amount:
+            n = min(n - 1, int(n * amount / flops[-1]) + 1)
+    if n < 1:
+        raise ValueError(f"the budget of {amount:g} {budget} is less than a step")
+    return count(n)
+
+
+def check_same(run, before):
+    """Raise ValueError where a run has other settings than `before`, what a file says of it."""
+    with errors_name_file(run.out):
+        old = before["settings"]
+        keys = old.keys() & run.settings.keys() - {"out_dir", "init_from"}
+    if differs := [f"{k} {old[k]!r} and not {run.settings[k]!r}" for k in sorted(keys) if old[k] != run.settings[k]]:
+        raise ValueError(f"{run.out} was run with {', '.join(differs)}; choose another out_dir for this grid")
+
+
+# ---- doing them ----
+def execute(run):
+    """Train and evaluate a run, from where it stands. Returns its line of results.jsonl. Raises ValueError."""
+    with open(f"{run.out}.txt", "ab") as said:
+        while not stopping:  # processes of a grid that was killed go on, and hold this file
+            with suppress(ValueError):
+                lock_file(said, "")
+                break
+            time.sleep(1)
+        resume = ["--init_from=resume"] * (run.out / "run.json").exists()
+        how = {key: run.settings[key] for key in ("device", "dtype")}
+        call(run, said, "train.py", *run.args, *resume)
+        entries = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+        if not any(entry["iter"] == len(run.flops) for entry in entries):
+            raise ValueError(f"train.py was stopped before its last step, {len(run.flops):,}")
+        call(run, said, "eval.py", *flags(how | dict(out_dir=run.out, limit=limit)))
+    steps, losses = ([entry for entry in entries if key in entry] for key in ("tokens_per_sec", "val_loss"))
+    tokens = [0, *(entry["tokens"] for entry in steps)]
+    seconds = sum((b - a) / entry["tokens_per_sec"] for a, b, entry in zip(tokens, tokens[1:], steps))
+    heldout = read_json(run.out / "eval.json")["tasks"]["heldout"]
+    line = dict(cell=run.cell, task=run.task, seed=run.seed, parameters=run.parameters, max_iters=len(run.flops))
+    line |= dict(flops=run.flops[-1], tokens=tokens[-1], seconds=round(seconds, 1), val_loss=losses[-1]["val_loss"])
+    line |= dict(accuracy=heldout["accuracy"], questions=heldout["count"], settings=run.settings)
+    return line | dict(losses=[[run.flops[entry["iter"] - 1], entry["val_loss"]] for entry in losses])
+
+
+def call(run, said, script, *args):
+    """Run a script, which writes to the file `said`. Raises ValueError if it fails, with its last line."""
+    if stopping:
+        raise ValueError(INTERRUPTED)
+    command = [sys.executable, Path(__file__).with_name(script), *args]
+    how = dict(stdout=said, stderr=said, start_new_session=True)  # Ctrl-C is for this process alone
+    run.process = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS=str(threads)), **how)
+    if run.process.wait():
+        lines = Path(said.name).read_text(errors="replace").replace("\r", "\n").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no word")
+        raise ValueError(f"status {run.process.returncode} of {script}: {last} (all of it: {said.name})")
+
+
+def execute_all(runs, lines):
+    """Execute the runs, several at a time, and append their lines to `lines` and results.jsonl as they are complete.
+    Returns how many have failed."""
+    begin, n_failed, pool = time.monotonic(), 0, ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(execute, run): run for run in runs}
+        for n_done, future in enumerate(as_completed(futures), 1):
+            run = futures[future]
+            seconds = time.monotonic() - begin
+            left = tqdm.format_interval(seconds / n_done * (len(runs) - n_done))
+            try:
+                lines.append(future.result())
+            except (ValueError, OSError, KeyError) as e:
+                n_failed += 1
+                print(f"{run.out} failed: {one_line(e)}; {left} left", flush=True)
+                continue
+            replace_file(Path(out_dir, "results.jsonl"), "".join(json.dumps(x) + "\n" for x in lines).encode())
+            scores = f"accuracy {percent(lines[-1]['accuracy'])}, validation loss {lines[-1]['val_loss']:.4f}"
+            print(f"{n_done} of {len(runs)}: {run.out}: {scores}; {left} left", flush=True)
+    except BaseException:  # Ctrl-C, or a full disk
+        stopping.append(True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        print("waiting for checkpoints; Ctrl-C once more leaves that to the processes", flush=True)
+        processes = [run.process for run in runs if hasattr(run, "process")]
+        for process in processes:
+            process.terminate()  # train.py then finishes the step, and saves
+        for process in processes:
+            process.wait()
+        raise
+    return n_failed
+
+
+# ---- what comes out ----
+def t_95(df):
+    """Student's t that 95% of a sample's means are within, for df degrees of freedom (Abramowitz and Stegun 26.7.3-4,
+    solved by bisection)."""
+    low, high = 0.0, math.pi / 2  # the angle whose tangent is t / sqrt(df)
+    for _ in range(60):
+        angle = (low + high) / 2
+        odd, total = df % 2, 0.0
+        term = math.cos(angle) if odd else 1.0
+        for k in range(1 + odd, df, 2):
+            total, term = total + term, term * math.cos(angle) ** 2 * k / (k + 1)
+        inside = math.sin(angle) * total
+        inside = (angle + inside) * 2 / math.pi if odd else inside
+        low, high = (angle, high) if inside < 0.95 else (low, angle)
+    return math.tan(angle) * df**0.5
+
+
+def mean_and_half(values):
+    """(mean, half of its 95% interval) over seeds, the half 0 for a single one."""
+    half = t_95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), half
+
+
+def write_table(found):
+    """Write and print grid.md, from {(task, cell): lines}."""
+    text = ""
+    for task in (task["dataset"] for task in tasks):
+        rows = [(task, "parameters", "tokens", "training FLOP", "seeds", "accuracy", "validation loss")]
+        for name in (cell["name"] for cell in grid):
+            if not (lines := found.get((task, name))):
+                rows.append((name, "", "", "", 0, "", ""))
+                continue
+            row = [name, f"{lines[0]['parameters']:,}", f"{statistics.mean(line['tokens'] for line in lines):,.0f}"]
+            row += [f"{lines[0]['flops']:.3e}", len(lines)]
+            for key, form in ("accuracy", "{:.2%}"), ("val_loss", "{:.4f}"):
+                mean_half = mean_and_half([line[key] for line in lines])[: len(lines)]
+                row.append(" ± ".join(map(form.format, mean_half)))
+            rows.append(row)
+        text += f"{markdown_table(rows)}\n"
+    text += f"The same {budget} in training for all. Means over seeds, ± half of their 95% interval (Student's t).\n"
+    replace_file(Path(out_dir, "grid.md"), text.encode())
+    print(text)
+
+
+def draw(found):
+    """Write loss.svg and accuracy.svg, from {(task, cell): lines}. Raises ValueError where matplotlib is missing."""
+    names, cells = [task["dataset"] for task in tasks], [cell["name"] for cell in grid]
+    figure, panels = new_figure(1, len(names), (1.5 + 4 * len(names), 4))
+    for axes, task in zip(panels[0], names):
+        for number, cell in enumerate(curves or cells):
+            if lines := found.get((task, cell)):
+                flops = [x for x, _ in lines[0]["losses"]]
+                losses = [*zip(*([y for _, y in line["losses"]] for line in lines))]  # of a point, from each seed
+                color, style = f"C{number}", "o-" if number < 10 else "s--"
+                axes.plot(flops, [*map(statistics.mean, losses)], style, color=color, markersize=3, lw=1, label=cell)
+                axes.fill_between(flops, [*map(min, losses)], [*map(max, losses)], color=color, alpha=0.15, lw=0)
+        axes.set(title=task, xlabel="training FLOP", ylabel="validation loss (areas: all seeds)", yscale="log")
+    handles = {label: h for axes in panels[0] for h, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    save_figure(figure, Path(out_dir, "loss.svg"))
+    figure, panels = new_figure(1, len(names), (1.5 + 4 * len(names), 1 + 0.3 * len(cells)))
+    for axes, task in zip(panels[0], names):
+        for y, cell in enumerate(cells):
+            if lines := found.get((task, cell)):
+                mean, half = mean_and_half([100 * line["accuracy"] for line in lines])
+                axes.errorbar(mean, y, xerr=half, fmt="o", color="C0", capsize=3)
+                axes.plot([100 * line["accuracy"] for line in lines], [y] * len(lines), "|", color="C1")
+        axes.set(title=task, xlabel="accuracy, %, with its 95% interval (|: seeds)", xlim=(-2, 102))
+        axes.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5))
+        axes.set_yticklabels(cells if axes is panels[0, 0] else [])
+    save_figure(figure, Path(out_dir, "accuracy.svg"))
+
+
+def main():
+    configs, out = [arg for arg in sys.argv[1:] if not arg.startswith("--")], Path(out_dir)
+    check_settings()
+    out.mkdir(parents=True, exist_ok=True)
+    runs, path = plan_runs(configs), out / "results.jsonl"
+    with open(out / "lock", "wb") as file:
+        if not status:
+            lock_file(file, f"another grid.py is at work in {out}")
+        with errors_name_file(path):
+            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            for line in lines:
+                check_types(line, cell=str, task=str, seed=int, flops=int, settings=dict, accuracy=float, losses=list)
+        done = {(line["cell"], line["task"], line["seed"]): line for line in lines}
+        for run in runs:
+            line = done.get((run.cell, run.task, run.seed))
+            if line or (run.out / "run.json").exists():
+                check_same(run, line or read_json(run.out / "run.json"))
+        left, n_failed = [run for run in runs if (run.cell, run.task, run.seed) not in done], 0
+        print(f"{len(runs)} runs, of which {len(left)} are left to do", flush=True)
+        if not status:
+            n_failed = execute_all(left, lines)
+        found = {}
+        for line in lines:
+            if line["seed"] in seeds:
+                found.setdefault((line["task"], line["cell"]), []).append(line)
+        write_table(found)
+        draw(found)
+        print(f"written to {out}: grid.md, loss.svg, accuracy.svg")
+        if n_failed:
+            sys.exit(f"grid.py: {n_failed} of {len(left)} runs failed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with exit_on_error(INTERRUPTED):
+        main()
