@@ -231,6 +231,7 @@ class HRM(nn.Module):
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.set_compute()
         self.guidance = 0.0  # w of auto-guidance, which recurrence() applies
+        self.kl_threshold = 0.0  # of adaptive depth, which generation applies
         self.engine = None  # of generation, which keeps its CUDA graphs
         self.banned_ids = None  # a tensor of the ids that generation never yields: those without a token
 
@@ -265,7 +266,7 @@ class HRM(nn.Module):
         """The parameters, in the order in which a backward pass completes their gradients."""
         return [self.lm_head, *reversed([*self.L.parameters()]), *reversed([*self.H.parameters()]), self.embed]
 
-    def recurrence(self, idx, pos, weights, run_block, bp_steps=None):
+    def recurrence(self, idx, pos, weights, run_block, bp_steps=None, settled=None):
         """Tokens idx (B, T) at positions pos (B, T) of their documents -> final z_H (B, T, n_embd).
 
         run_block(x, block_weights, cos, sin) applies one block. With bp_steps = K, the last min(H_cycles, K - 1)
@@ -273,7 +274,9 @@ class HRM(nn.Module):
         deep credit assignment); None: all carry gradient.
 
         Auto-guidance (the paper's) gives (1 + w) z_H - w z_H of the H-step before: as the head is linear, the logits
-        are then combined just so."""
+        are then combined just so.
+
+        settled(z_H) is asked after each H-step, and ends the recurrence by returning True."""
         config = self.config
         K = config.n_steps if bp_steps is None else bp_steps
         if not 2 <= K <= config.n_steps:
@@ -302,6 +305,8 @@ class HRM(nn.Module):
             for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
                 z_L = apply_stack(weights.L, z_L, z_H, l >= first_L)
             before, z_H = z_H, apply_stack(weights.H, z_H, z_L, h >= first_H)
+            if settled and settled(z_H):
+                break
         return torch.lerp(before, z_H, 1 + self.guidance) if self.guidance else z_H
 
     def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None, weights=None, at=None):
