@@ -18,12 +18,24 @@ settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 
 
-def draw(directories, path):
-    """Draw the training and validation losses in the directories' log.jsonl. Raises ValueError or OSError."""
+def new_figure(rows, columns, size):
+    """(a figure, its axes in an array (rows, columns)). Raises ValueError where matplotlib is missing."""
     with errors_name_file("matplotlib", "(an extra: pip install matplotlib) cannot start"):
         from matplotlib.figure import Figure  # without pyplot, no display is looked for
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save_figure(figure, path):
+    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
+
+
+def draw(directories, path):
+    """Draw the training and validation losses in the directories' log.jsonl. Raises ValueError or OSError."""
+    figure, [[axes]] = new_figure(1, 1, (7, 2.6))
     for directory in directories:
         log = Path(directory, "log.jsonl")
         lines = log.read_text(encoding="utf-8").splitlines()
@@ -35,8 +47,7 @@ def draw(directories, path):
                 axes.plot(*zip(*points), style, label=name, markersize=4) if points else None
     axes.set(xlabel="step", ylabel="loss per token of the answer", yscale="log")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
+    save_figure(figure, path)
 
 
 def main():

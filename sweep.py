@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import errors_name_file, replace_file
+from plot import new_figure, save_figure
 from ranks import master, print0
 
 KINDS = {"guidance": float, "H_cycles": int, "L_cycles": int, "kl_threshold": float}
@@ -51,10 +52,7 @@ def depth(row):
 
 def draw(results, path):
     """Scores against depth, a point per threshold: {threshold: {task: results}}."""
-    from matplotlib.figure import Figure  # an extra
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = new_figure(1, 1, (5, 3.2))
     for task in results[[*results][0]]:
         points = [(depth(result[task]), result[task]["accuracy"]) for result in results.values()]
         axes.plot(*zip(*sorted(points)), "o-", label=task, markersize=4)
@@ -62,7 +60,6 @@ def draw(results, path):
             axes.annotate(text, point, (4, -9), textcoords="offset points", fontsize=7)
     axes.set(xlabel="H-cycles spent, as a share of all (numbers: kl_threshold)", ylabel="score")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     with errors_name_file(path, "could not be written"):
-        figure.savefig(path, metadata={"Date": None})
+        save_figure(figure, path)
     print0(f"written to {path}")

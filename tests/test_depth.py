@@ -1,10 +1,14 @@
 """Adaptive depth against a plain loop, and the diagnostics of a checkpoint against what they must be."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import documents, tiny_model
+from conftest import close, documents, pack, plain_logits, tiny_model
+from scripts import TINY, run
 
+import diagnose
 from attention import attend, padded_batches
 from generate import choose_ids, generate
 from model import output_and_mlp, project_gqkv, visible_keys
@@ -73,3 +77,70 @@ def test_without_a_threshold_depth_is_fixed_bit_by_bit(monkeypatch):
         model.kl_threshold = threshold
         model.generate(prompts, 8)
     assert len(seen[0]) == 8 and all(torch.equal(a, b) for a, b in zip(*seen))
+
+
+# ----------------------------------------------------------------------------------------------------
+# diagnostics
+
+
+@pytest.fixture(scope="module")
+def rows():
+    docs = [pack([d], 32) for d in documents()]
+    return [torch.cat(tensors) for tensors in zip(*docs)]
+
+
+@pytest.mark.parametrize("shape", [{}, dict(H_cycles=3, L_cycles=1, n_layer=2), dict(prefix_lm=False)])
+def test_states_of_the_steps(shape, rows):
+    """The last is the model's own prediction; earlier ones are those of the plain model, cut short."""
+    model = tiny_model(**shape)
+    found, c = diagnose.trace(model, *rows), model.config
+    H_steps = [(h + 1) * (c.L_cycles + 1) - 1 for h in range(c.H_cycles)]
+    assert [i for i, name in enumerate(found["step"]) if name == f"{i + 1} H"] == H_steps
+    assert found["KL"][-1] == 0 and found["agrees"][-1] == 1 and (found["KL"][:-1] > 0).all()
+    assert close(found["cosine"].diagonal(), torch.ones(c.n_steps)) and close(found["cosine"], found["cosine"].T)
+    assert found["change"].shape == found["entropy"].shape == (c.n_steps, c.n_layer // 2)
+    assert (found["entropy"] < found["uniform"] + 1e-5).all() and (found["change"] > 0).all()
+    kl, n = 0.0, 0
+    for ids, p in documents():
+        final, earlier = (plain_logits(model, ids[:-1], p, earlier=e)[p - 1 :].log_softmax(-1) for e in (False, True))
+        kl, n = kl + F.kl_div(earlier, final, log_target=True, reduction="sum").item(), n + len(final)
+    assert close(found["KL"][H_steps[-2]], kl / n, 1e-4)
+    assert close(model(*rows)[1], tiny_model(**shape)(*rows)[1])  # it is as before
+
+
+def test_attention_of_equal_scores_has_the_entropy_of_as_many_keys():
+    first, last = torch.tensor([[0, 0, 0, 3]]), torch.tensor([[3, 3, 3, 4]])
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 1, 2, 8).expand(1, 4, 2, 8)
+    assert close(diagnose.attention_entropy(q, k, first, last), torch.tensor([[3, 3, 3, 1.0]]).log())
+    sharp = diagnose.attention_entropy(1e4 * q, torch.randn(1, 4, 2, 8), first, last)
+    assert (sharp < 0.01).all() and sharp.isfinite().all()
+
+
+def test_gradients_of_fewer_steps_against_all(rows):
+    model = tiny_model()
+    found, parts = diagnose.gradients(model, rows), len(rows[0])  # a document each
+    for name, by_steps in found.items():
+        assert [*by_steps] == [*range(2, 9)] and by_steps[8][2] == pytest.approx(1, abs=1e-5)
+    assert found["embed"][2][0] == 0 and math.isnan(found["embed"][2][2])  # no path reaches it
+    norms = []
+    for part in zip(*(t.split(1) for t in rows)):
+        model.zero_grad()
+        model(*part, 3)[1].backward()
+        norms.append(torch.cat([p.grad.flatten() for p in model.L.parameters()]).norm().item())
+    want = torch.tensor(norms)
+    assert found["L"][3][:2] == pytest.approx((want.mean().item(), (want.std(correction=0) / want.mean()).item()))
+    assert len(norms) == parts and 0 < found["L"][3][2] < 1
+
+
+def test_a_checkpoint_gets_a_picture_and_tables(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=2")
+    said = run(workplace, "diagnose.py", "--documents=9", "--device=cpu").stdout
+    text = (workplace / "out" / "diagnose.md").read_text()
+    assert "| 8 H | " in text and "| 0.000 | 100.00% | 1.000 |" in text and "bp_steps  embed norm" in said
+    assert text.count("| - | - |") == 1 and (workplace / "out" / "diagnose.png").stat().st_size > 10000
+    failed = run(workplace, "diagnose.py", "--documents=0", ok=False)
+    assert failed.stderr == "diagnose.py: documents must be at least 1, not 0\n"
+    failed = run(workplace, "diagnose.py", "--picture=x.abc", "--documents=1", ok=False)
+    assert failed.stderr.startswith("diagnose.py: x.abc could not be written: Format 'abc' is not supported")
+    failed = run(workplace, "diagnose.py", "--out_dir=nowhere", ok=False)
+    assert failed.stderr == "diagnose.py: there is no directory nowhere with a model\n"
