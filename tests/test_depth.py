@@ -119,7 +119,7 @@ def test_attention_of_equal_scores_has_the_entropy_of_as_many_keys():
 def test_gradients_of_fewer_steps_against_all(rows):
     model = tiny_model()
     found, parts = diagnose.gradients(model, rows), len(rows[0])  # a document each
-    for name, by_steps in found.items():
+    for by_steps in found.values():
         assert [*by_steps] == [*range(2, 9)] and by_steps[8][2] == pytest.approx(1, abs=1e-5)
     assert found["embed"][2][0] == 0 and math.isnan(found["embed"][2][2])  # no path reaches it
     norms = []
