@@ -153,27 +153,29 @@ def draw(traced, by_group, path):
     """The picture of six. Raises ValueError or OSError."""
     figure, ((change, entropy, norms), (cosine, lens, cosines)) = new_figure(2, 3, (13, 7))
     names, n = traced["step"], traced["change"].size(1)
-    for axes, key, title in (change, "change", "change per block, relative"), (entropy, "entropy", "attention entropy"):
-        for i, (name, values) in enumerate(zip(names, traced[key])):
-            axes.plot(range(i * n + 1, i * n + n + 1), values, "o-", color="C3" if "H" in name else "C0", markersize=3)
-        axes.set(title=f"{title} (red: H)", xlabel="block, as applied", ylim=(0, None))
+    for axes, key, title in (change, "change", "change per block"), (entropy, "entropy", "attention entropy, nats"):
+        place, colours = range(1, len(names) * n + 1), ["C3" if "H" in s else "C0" for s in names for _ in range(n)]
+        axes.plot(place, traced[key].flatten(), color="lightgrey", zorder=0)
+        axes.scatter(place, traced[key].flatten(), c=colours)
+        axes.set(title=f"{title} (red: H)", xlabel="block, as applied", ylim=(0, 1.05 * traced[key].max()))
     entropy.axhline(traced["uniform"], color="grey", linestyle=":")
+    entropy.set(ylim=(0, 1.05 * traced["uniform"]))
     figure.colorbar(cosine.imshow(traced["cosine"], vmin=-1, vmax=1, cmap="RdBu_r"), ax=cosine)
     cosine.set(title="cosine between states", xticks=range(len(names)), yticks=range(len(names)))
     cosine.set_xticklabels(names, rotation=90)
     cosine.set_yticklabels(names)
     lens.plot(names, traced["KL"], "o-", label="KL of the final prediction, nats")
     lens.plot(names, traced["agrees"], "s--", label="share with its likeliest token")
-    lens.set(title="logit lens", ylim=(0, None))
+    lens.set(title="logit lens", ylim=(0, 1.3 * traced["KL"].max()))
     lens.tick_params(axis="x", rotation=90)
     lens.legend(frameon=False)
-    for name, by_steps in by_group.items():
-        mean, spread, cos = zip(*by_steps.values())
-        norms.errorbar([*by_steps], mean, [m * s for m, s in zip(mean, spread)], marker="o", markersize=3, label=name)
-        cosines.plot([*by_steps], cos, "o-", markersize=3, label=name)
-    norms.set(title="norm of the gradient, and its spread", xlabel="bp_steps", ylim=(0, None))
+    for i, (name, by_steps) in enumerate(by_group.items()):
+        mean, spread, cos = (torch.tensor(column) for column in zip(*by_steps.values()))
+        norms.errorbar([K + i / 9 for K in by_steps], mean, mean * spread, marker="o", label=name, elinewidth=0.7)
+        cosines.plot([*by_steps], cos, "o-", label=name)
+    norms.set(title="norm of the gradient, and its spread", xlabel="bp_steps")
     cosines.set(title="cosine with full backpropagation", xlabel="bp_steps", ylim=(None, 1.02))
-    norms.legend(frameon=False)
+    norms.legend(frameon=False, loc="upper left")
     cosines.legend(frameon=False)
     with errors_name_file(path, "could not be written"):
         save_figure(figure, path)
