@@ -6,6 +6,7 @@
     python eval.py --init_from=sapientinc/HRM-Text-1B --tasks=paper --out_dir=out-published    # the paper's table
     torchrun --nproc_per_node=8 eval.py --tasks=paper                # questions shared among 8 GPUs
     python eval.py --sweep=guidance=-0.5,-0.1,0,0.1,0.5              # or H_cycles, L_cycles: a table, task by value
+    python eval.py --H_cycles=4 --sweep=kl_threshold=0,0.01,0.1      # adaptive depth: scores, H-cycles spent, a picture
     python eval.py --compare=out-a,out-b                             # paired, of two runs with --save_generations=True
 
 Prints a table and writes out_dir/eval.json and eval.md; with save_generations also out_dir/generations-<task>.jsonl. A
@@ -64,7 +65,8 @@ compile = False  # the blocks, with torch.compile: takes a while, then runs fast
 H_cycles = 0  # of the recurrence; 0: as many as the model was trained with
 L_cycles = 0
 guidance = 0.0  # w of auto-guidance: logits of the last H-step, and w times their difference from the step before
-sweep = ""  # "guidance=-0.5,-0.1,0,0.1,0.5", or so for H_cycles or L_cycles: all tasks once per value, and a table
+kl_threshold = 0.0  # nats: a token's H-cycles end where the next changes its prediction by less; 0: all, H_cycles
+sweep = ""  # "guidance=-0.5,-0.1,0,0.1,0.5", or so for any of the four above: all tasks once per value, and a table
 seed = 1337  # of samples; those of a question are the same for the same seed
 settings = configure(globals())
 # Settings that change no answer, or that a file of answers names in another form.
@@ -121,7 +123,7 @@ def score_tasks():
             del chosen[name]
     if empty := [name for name in chosen if not questions[name]]:
         raise ValueError(f"the task {empty[0]} has no questions")
-    how = average, device, dtype, compile, condition, H_cycles, L_cycles, guidance
+    how = average, device, dtype, compile, condition, H_cycles, L_cycles, guidance, kl_threshold
     model, encoding, own = load_for_inference(source, *how)
     plans, abouts = {}, {}
     common = {key: value for key, value in settings.items() if key not in NO_MATTER}

@@ -233,15 +233,17 @@ def finish(directory, names, lines, save, keep=False):
 
 
 def answer_texts(model, encoding, jobs, temperature, seed, batch_size, cache_gb, stop, counts):
-    """Yields ((job, generation, its number of tokens), {}) as answers are complete."""
+    """Yields ((job, generation, its number of tokens), more) as answers are complete; with a kl_threshold, `more` has
+    their mean depth: the share of all H-cycles that their tokens took."""
     prompts, limits = [job.ids for job in jobs], [job.limit for job in jobs]
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     slots = slots_in_memory(model, longest, min(batch_size, len(jobs)), cache_gb)
     options = dict(stop_token=special_id(encoding, "eoa"), slots=slots, temperature=temperature)
     options["seed"] = [f"{seed} {job.name} {job.key}" for job in jobs]  # an answer's own, whatever is beside it
     answers, left, n_cut, begin = [[] for _ in jobs], {*range(len(jobs))}, 0, None
+    spent = [[] for _ in jobs if model.kl_threshold]
     print0(f"{len(jobs):,} answers to generate, {slots} at a time")
-    for step, events in enumerate(stream(model, prompts, limits, **options)):
+    for step, events in enumerate(stream(model, prompts, limits, **options, spent=spent)):
         if stop():
             return
         active = {i for i, _ in events}
@@ -252,7 +254,8 @@ def answer_texts(model, encoding, jobs, temperature, seed, batch_size, cache_gb,
                 answers[i].append(id)
                 continue
             left.remove(i)
-            yield (jobs[i], encoding.decode(answers[i]), len(answers[i])), {}
+            more = {"depth": sum(spent[i]) / len(spent[i]) / model.config.H_cycles} if spent else {}
+            yield (jobs[i], encoding.decode(answers[i]), len(answers[i])), more
             n_cut += len(answers[i]) == limits[i]
             if n_cut == len(jobs) - len(left) == 16:
                 advice = "--max_new_tokens=N makes them shorter, Ctrl-C shows the results so far"

@@ -27,10 +27,20 @@ CUDA_GRAPH_DEVICES = {"cuda"}
 
 
 def load_for_inference(
-    name, average=True, device="auto", dtype="auto", compile=False, condition="", H_cycles=0, L_cycles=0, guidance=0.0
+    name,
+    average=True,
+    device="auto",
+    dtype="auto",
+    compile=False,
+    condition="",
+    H_cycles=0,
+    L_cycles=0,
+    guidance=0.0,
+    kl_threshold=0.0,
 ):
     """The model of a run, a directory or a hub id, ready to generate, its Encoding, and the condition of prompts.
-    H_cycles and L_cycles: of the recurrence, 0 for as many as it was trained with; guidance: its w, 0 for none."""
+    H_cycles and L_cycles: of the recurrence, 0 for as many as it was trained with; guidance: its w, 0 for none;
+    kl_threshold: of adaptive depth (see Engine._recur), in nats, 0 for all cycles."""
     device, dtype = choose_device(device, dtype)
     source = local_directory(name)
     model, encoding = HRM.from_pretrained(source, average).to(device, dtype), load_encoding(source)
@@ -44,13 +54,18 @@ def load_for_inference(
         raise ValueError(f"guidance must be from -100 to 100, not {guidance}")
     if c.recurrence == "transformer" and (H_cycles or L_cycles):
         raise ValueError(f"{source} is a plain Transformer, which has neither H_cycles nor L_cycles")
-    if guidance and c.recurrence not in ("hrm", "trm"):
-        raise ValueError(f"guidance compares the last two H-steps, which recurrence = {c.recurrence!r} does not have")
+    if (guidance or kl_threshold) and c.recurrence not in ("hrm", "trm"):
+        raise ValueError(f"guidance and kl_threshold compare H-steps, and recurrence = {c.recurrence!r} has none")
     if guidance and model.config.H_cycles < 2:
         raise ValueError("guidance compares the last two H-steps, and with H_cycles=1 there is one")
-    model.guidance, condition = guidance, choose_condition(condition, source)
+    if not kl_threshold >= 0:
+        raise ValueError(f"kl_threshold must be at least 0, not {kl_threshold}")
+    if kl_threshold and model.config.H_cycles < 3:
+        raise ValueError("kl_threshold compares two H-states and saves those that follow: H_cycles must be 3 or more")
+    model.guidance, model.kl_threshold, condition = guidance, kl_threshold, choose_condition(condition, source)
     how = f"; H_cycles {model.config.H_cycles}, L_cycles {model.config.L_cycles}" if model.config != c else ""
     how += f"; guidance {guidance:g}" if guidance else ""
+    how += f"; kl_threshold {kl_threshold:g}" if kl_threshold else ""
     print(f"{name}, on {device}, {str(dtype).removeprefix('torch.')}; condition: {condition or 'none'}{how}")
     return model, encoding, condition
 
@@ -94,6 +109,7 @@ def stream(
     seed=None,
     slots=None,
     is_end=None,
+    spent=None,
 ):
     """Continue each prompt. prompts: lists of token ids, of any lengths, each the whole prefix of a document.
     max_new_tokens is one number, or a list of one per prompt. temperature 0 is greedy; top_k and top_p narrow the
@@ -101,6 +117,7 @@ def stream(
     or of its own seed if `seed` is a list, so that its answer is the same whatever is beside it.
     At most `slots` prompts (None: all) are in work at a time; when one is complete, the next takes its place.
     is_end(number of a prompt, its next id) is asked after each id whether the answer ends with it.
+    spent: a list per prompt, to which the H-cycles that each of its ids took are appended.
     Yields, step by step, a list of events (number of a prompt, its next id), where None for an id says that the answer
     is complete. The stop_token is no event; a document ends at block_size at the latest. Raises ValueError."""
     most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -139,8 +156,10 @@ def stream(
         else:
             rows = in_slot
             active = [slot for slot, i in enumerate(in_slot) if i is not None]
-            engine.decode(max(sizes[in_slot[slot]] + n_generated[in_slot[slot]] for slot in active))
+            engine.decode(max(sizes[in_slot[slot]] + n_generated[in_slot[slot]] for slot in active), active)
         events, ids = [], engine.ids.tolist()
+        for slot, n in zip(active, engine.cycles[active].tolist()) if spent else ():
+            spent[in_slot[slot]].append(n)
         if min(ids[slot] for slot in active) < 0:
             raise ValueError("the model's logits are not finite, so its weights cannot be right")
         for slot in active:
@@ -210,8 +229,8 @@ def take_engine(model, n_slots, max_len, choose):
 def made_for(model, n_slots):
     """What an engine serves alone: so many slots, and a model with its weights in the same places."""
     places, c = [p.data_ptr() for p in model.parameters()], model.config
-    how = c.H_cycles, c.L_cycles, model.guidance, model.compute_dtype, model.compile_blocks, model.uses_flex()
-    return n_slots, how, places
+    how = c.H_cycles, c.L_cycles, model.guidance, model.kl_threshold, model.compute_dtype, model.compile_blocks
+    return n_slots, how, model.uses_flex(), places
 
 
 class Engine:
@@ -223,7 +242,9 @@ class Engine:
         self.model, self.made_for, self.flex = model, made_for(model, n_slots), model.uses_flex()
         self.options = dict(device=device, dtype=model.compute_dtype)
         self.norms = config.norm_eps, config.norm == "post"
-        self.weights, self.graphs, self.use_graphs = model.cast_weights(), {}, device.type in CUDA_GRAPH_DEVICES
+        self.weights, self.graphs = model.cast_weights(), {}
+        # With a threshold, a step ends where its values say so, which no graph does.
+        self.use_graphs = device.type in CUDA_GRAPH_DEVICES and not model.kl_threshold
         self.max_len = cache_length(model, max_len)
         shape = (n_slots, config.n_head, self.max_len + 1, config.head_dim)  # one more, so that every view is a part
         n_caches = config.n_steps * config.n_layer // 2
@@ -231,6 +252,7 @@ class Engine:
         for tensor in (t for pair in self.caches for t in pair if model.compile_blocks and not self.flex):
             torch._dynamo.mark_dynamic(tensor, 2)  # other lengths need no compilation of their own
         self.slots = torch.arange(n_slots, device=device)
+        self.cycles = torch.full_like(self.slots, config.H_cycles)  # H-cycles that the newest ids took
         self.ids, self.pos = torch.zeros_like(self.slots), torch.zeros_like(self.slots)  # newest ids; where they go
         self.mask = cache_mask(self.pos, self.max_len + 1) if self.flex else None
 
@@ -263,17 +285,18 @@ class Engine:
                 cache[slot, :, pos[0, :n]] = new[0, :n]
             return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], *self.norms)
 
-        z_H = self.model.recurrence(idx, pos, self.weights, run_block)
-        self.ids[slots] = self.choose(F.linear(z_H[0, ends], self.weights.lm_head))
+        member = upload(doc[0, :n], device)
+        self.ids[slots] = self.choose(self._recur(idx, pos, run_block, ends, slots, slice(None), member, slot))
         self.pos[slots] = lengths
 
-    def decode(self, longest):
-        """Choose the next id of every slot; the longest has `longest` tokens. In free slots it means nothing."""
+    def decode(self, longest, active):
+        """Choose the next id of every slot; the longest has `longest` tokens. In those that are not in the list
+        `active` it means nothing."""
         length = self.max_len if self.flex else min(rounded(longest), self.max_len)
         if self.use_graphs and length not in self.graphs:
             try:
                 pool = next((graph.pool() for _, graph in self.graphs.values()), None)  # its memory serves all
-                self.graphs[length] = capture_cuda_graph(partial(self._logits, length), pool)
+                self.graphs[length] = capture_cuda_graph(partial(self._logits, length, active), pool)
             except RuntimeError as e:
                 self.use_graphs = False
                 warnings.warn(f"generation goes on more slowly, without CUDA graphs: {one_line(e)}", stacklevel=2)
@@ -281,11 +304,11 @@ class Engine:
             logits, graph = self.graphs[length]
             graph.replay()
         else:
-            logits = self._logits(length)
+            logits = self._logits(length, active)
         self.ids.copy_(self.choose(logits))
         self.pos.add_(1).clamp_(max=self.max_len - 1)
 
-    def _logits(self, length):
+    def _logits(self, length, active):
         """Of the token after the newest of every slot, which sees the cache's positions up to its own."""
         caches, run = iter(self.caches), decode_block
         if self.flex:
@@ -301,8 +324,57 @@ class Engine:
         def run_block(x, w, cos, sin):
             return run(x, w, cos, sin, *self.norms, *next(caches), self.slots, self.pos, mask)
 
-        z_H = self.model.recurrence(self.ids[:, None], self.pos[:, None], self.weights, run_block)
-        return F.linear(z_H[:, 0], self.weights.lm_head)
+        args = self.ids[:, None], self.pos[:, None], run_block
+        return self._recur(*args, slice(None), self.slots, active, self.slots, self.slots)
+
+    def _recur(self, idx, pos, run_block, at, slots, active, member, slot):
+        """Logits (n, vocab_size) at the places `at` of the flattened tokens idx: one place for each prompt of `slots`.
+
+        Adaptive depth (the paper's future work; the criterion is the logit lens between successive H-states): with
+        model.kl_threshold, the H-cycles of a prompt end with the first, from the second on, whose prediction is less
+        than that many nats from the one before, by KL(new || old). The embedding is no prediction to compare with.
+        All go on until the last of those in `active` has settled, so a step saves what its slowest prompt allows; what
+        others compute beyond their own end is dropped, so that an answer is the same whatever is beside it.
+
+        What was read at once ends at once: a prompt, by its last token, and then each new token by itself. Later tokens
+        may take more cycles, and look for keys and values there. They find copies of those of the last cycle, block by
+        block: the blocks are the same in all cycles, so for a state that has settled those are what would come out.
+        (Of a Transformer's other layers, CALM, Schuster et al. 2022, computes them from the state that was last.)
+        member (m,): which of the n each token belongs to; slot (m,): where its keys and values stand."""
+        model, lm_head, H_cycles = self.model, self.weights.lm_head, self.model.config.H_cycles
+        if not model.kl_threshold:
+            return F.linear(model.recurrence(idx, pos, self.weights, run_block).flatten(0, 1)[at], lm_head)
+        new = chosen = None
+        cycles, going = torch.ones_like(slots), torch.zeros_like(slots, dtype=torch.bool)
+        going[active] = True
+
+        def settled(z_H):
+            nonlocal new, chosen, going, cycles
+            old, new = new, F.linear(z_H.flatten(0, 1)[at], lm_head)
+            if old is None:
+                chosen = new
+                return False
+            guided = torch.lerp(old, new, 1 + model.guidance) if model.guidance else new
+            chosen, cycles = torch.where(going[:, None], guided, chosen), cycles + going
+            going = going & ~(divergence(new, old) < model.kl_threshold)  # not where it is no number
+            return not going.any()
+
+        model.recurrence(idx, pos, self.weights, run_block, settled=settled)
+        pos, n = pos.flatten()[: len(slot)], len(self.caches) // H_cycles
+        for h in range(2, H_cycles):
+            ended = (cycles[member] <= h).nonzero().squeeze(1)
+            place = slot[ended], slice(None), pos[ended]
+            for pair, before in zip(self.caches[h * n : (h + 1) * n], self.caches[(h - 1) * n :]):
+                for cache, other in zip(pair, before):
+                    cache[place] = other[place]
+        self.cycles[slots] = cycles
+        return chosen
+
+
+def divergence(logits, others):
+    """KL(p || q) in nats, (...), of the predictions p of logits and q of others, both (..., vocab_size)."""
+    log_p, log_q = (x.log_softmax(-1, dtype=torch.float32) for x in (logits, others))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def all_tensors(weights):

@@ -244,6 +244,7 @@ class HRM(nn.Module):
         self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
         self.set_compute()
         self.guidance = 0.0  # w of auto-guidance, which recurrence() applies
+        self.kl_threshold = 0.0  # of adaptive depth, which generation applies
         self.engine = None  # of generation, which keeps its CUDA graphs
         self.banned_ids = None  # a tensor of the ids that generation never yields: those without a token
 
@@ -278,7 +279,7 @@ class HRM(nn.Module):
         """The parameters, in the order in which a backward pass completes their gradients."""
         return [self.lm_head, *reversed([*self.L.parameters()]), *reversed([*self.H.parameters()]), self.embed]
 
-    def recurrence(self, idx, pos, weights, run_block, bp_steps=None):
+    def recurrence(self, idx, pos, weights, run_block, bp_steps=None, settled=None):
         """Tokens idx (B, T) at positions pos (B, T) of their documents -> final z_H (B, T, n_embd), what lm_head reads.
         run_block(x, block_weights, cos, sin) applies one block; H and L apply the blocks of a stack, one step each:
 
@@ -295,7 +296,8 @@ class HRM(nn.Module):
         the last L-steps, up to K in all (the paper's deep credit assignment). None: all, which is full backpropagation.
 
         Auto-guidance (the paper's), of hrm and trm, gives (1 + w) z_H - w z_H of the H-step before: as the head is
-        linear, the logits are then combined just so."""
+        linear, the logits are then combined just so. settled(z_H), of hrm and trm, is asked after each H-step, and ends
+        the recurrence by returning True."""
         config = self.config
         n, K = config.n_steps, config.n_steps if bp_steps is None else bp_steps
         if not 2 <= K <= n:
@@ -328,6 +330,8 @@ class HRM(nn.Module):
                 for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
                     z_L = apply_stack(L, z_L, z_H, l >= first_L)
                 before, z_H = z_H, apply_stack(H, z_H, z_L, h >= first_H)
+                if settled and settled(read_out(z_H)):
+                    break
             return torch.lerp(read_out(before), read_out(z_H), 1 + self.guidance) if self.guidance else read_out(z_H)
         if config.recurrence == "rins":
             for i in range(n - 1):

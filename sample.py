@@ -46,6 +46,7 @@ batch_size = 128  # answers to it in work at a time; fewer where their keys and 
 H_cycles = 0  # of the recurrence; 0: as many as the model was trained with
 L_cycles = 0
 guidance = 0.0  # w of auto-guidance: logits of the last H-step, and w times their difference from the step before
+kl_threshold = 0.0  # nats: a token's H-cycles end where the next changes its prediction by less; 0: all, H_cycles
 device = "auto"  # cpu, cuda or mps
 dtype = "auto"  # float32, or bfloat16 (auto: where the device multiplies it)
 compile = False  # the blocks, with torch.compile: takes a while, then runs faster
@@ -146,7 +147,7 @@ def main():
         file = Path(prompt.removeprefix("FILE:"))
         with errors_name_file(file):
             instructions = [file.read_text(encoding="utf-8").strip()]
-    name, depth = init_from or out_dir, (H_cycles, L_cycles, guidance)
+    name, depth = init_from or out_dir, (H_cycles, L_cycles, guidance, kl_threshold)
     model, encoding, tags = load_for_inference(name, True, device, dtype, compile, condition, *depth)
     if save:
         return answer_file(model, encoding, tags, rows, done)

@@ -1,18 +1,20 @@
 """One setting at several values: an evaluation for each, and a table of them all."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from common import errors_name_file, replace_file
+from plot import new_figure, save_figure
 from ranks import master, print0
 
-KINDS = {"guidance": float, "H_cycles": int, "L_cycles": int}
+KINDS = {"guidance": float, "H_cycles": int, "L_cycles": int, "kl_threshold": float}
 
 
 def run_sweep(sweep, out_dir, evaluate):
     """evaluate(guidance=w, out_dir=...) for each w of "guidance=-0.5,0,0.5", or so for the others of KINDS. It works in
-    a directory of its own, out_dir/guidance=w, and returns {task: results}. Prints a table of the scores, and writes
-    out_dir/sweep.md, and with all results sweep.json. Raises ValueError."""
+    a directory of its own, out_dir/guidance=w, and returns {task: results}. Prints a table of scores and speeds, and
+    writes out_dir/sweep.md, with all results sweep.json, and of kl_threshold the curve sweep.svg. Raises ValueError."""
     name, _, values = sweep.partition("=")
     try:
         values = {f"{KINDS[name](value):g}": KINDS[name](value) for value in values.split(",")}
@@ -27,7 +29,11 @@ def run_sweep(sweep, out_dir, evaluate):
         return
     lines = [["task", *(f"{name} = {text}" for text in values)], ["---", *["---:"] * len(values)]]
     for task in results[text]:
-        lines.append([task, *(f"{result[task]['accuracy']:.2%}" for result in results.values())])
+        rows = [result[task] for result in results.values()]
+        lines.append([task, *(f"{row['accuracy']:.2%}" for row in rows)])
+        if name == "kl_threshold":
+            lines.append([f"{task} depth", *(f"{depth(row):.2%}" for row in rows)])
+            lines.append([f"{task} tokens/s", *(f"{row['tokens_per_sec']:,}" for row in rows)])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print0(table)
     for file, text in ("sweep.md", table), ("sweep.json", json.dumps({name: results}, indent=1) + "\n"):
@@ -35,3 +41,25 @@ def run_sweep(sweep, out_dir, evaluate):
         with errors_name_file(path, "could not be written"):
             replace_file(path, text.encode())
         print0(f"written to {path}")
+    if name == "kl_threshold" and find_spec("matplotlib"):
+        draw(results, Path(out_dir, "sweep.svg"))
+
+
+def depth(row):
+    """The share of all H-cycles that an answer's tokens took, on average; a threshold of 0 spares none."""
+    return row["figures"].get("depth", [1.0])[0]
+
+
+def draw(results, path):
+    """Scores against depth, a point per threshold: {threshold: {task: results}}."""
+    figure, [[axes]] = new_figure(1, 1, (5, 3.2))
+    for task in results[[*results][0]]:
+        points = [(depth(result[task]), result[task]["accuracy"]) for result in results.values()]
+        axes.plot(*zip(*sorted(points)), "o-", label=task, markersize=4)
+        for text, point in zip(results, points):
+            axes.annotate(text, point, (4, -9), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="H-cycles spent, as a share of all (numbers: kl_threshold)", ylabel="score")
+    axes.legend(frameon=False)
+    with errors_name_file(path, "could not be written"):
+        save_figure(figure, path)
+    print0(f"written to {path}")

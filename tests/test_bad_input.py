@@ -204,8 +204,10 @@ CASES |= {  # settings that cannot be
         ("sample.py --guidance=0.5 --H_cycles=1", "guidance compares the last two H-steps, and with H_cycles=1 there"),
         ("sample.py --L_cycles=-1", "L_cycles of a model must be 1 to"),
         ("eval.py --tasks=problems --H_cycles=9999", "blocks follow each other in this model, and 10,000 may"),
-        ("eval.py --sweep=guidance", "--sweep is one of guidance, H_cycles, L_cycles, then = and numbers"),
-        ("eval.py --sweep=depth=1,2", "--sweep is one of guidance, H_cycles, L_cycles, then = and numbers"),
+        ("sample.py --kl_threshold=-1.0 --H_cycles=3", "kl_threshold must be at least 0, not -1.0"),
+        ("eval.py --kl_threshold=0.1", "saves those that follow: H_cycles must be 3 or more"),
+        ("eval.py --sweep=guidance", "--sweep is one of guidance, H_cycles, L_cycles, kl_threshold, then ="),
+        ("eval.py --sweep=depth=1,2", "--sweep is one of guidance, H_cycles, L_cycles, kl_threshold, then ="),
         ("eval.py --sweep=H_cycles=1,,2", "such as guidance=-0.5,0,0.5, and not H_cycles=1,,2"),
         ("eval.py --out_dir=nowhere", "there is no directory nowhere"),
     )

@@ -10,7 +10,7 @@ from scripts import ENV, ROOT, TINY, run
 
 ROOMS = "configurator common devices attention model optim tokenizer generate hf ranks checkpoint report plot".split()
 ROOMS += "sources puzzles mixture workers loader look data scorers tasks train sample evaluate results".split()
-ROOMS += "contamination sweep eval grid bench".split()
+ROOMS += "contamination sweep eval diagnose grid bench".split()
 ROOMS += "checks isolate bench_gpu lm_eval_hrm".split()  # the last needs an extra
 UPWARDS = {"model": {"checkpoint", "generate"}}  # within a function: HRM.from_pretrained() and HRM.generate()
 EXTRAS = "datasets tiktoken safetensors transformers tokenizers rustbpe wandb math_verify lm_eval reasoning_gym".split()

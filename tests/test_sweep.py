@@ -30,7 +30,7 @@ WRONG = ["guidance", "guidance=", "=1", "depth=1", "H_cycles=1.5", "L_cycles=2;3
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_no_sweep_ends_with_a_sentence(wrong):
-    with pytest.raises(ValueError, match="--sweep is one of guidance, H_cycles, L_cycles, then = and numbers"):
+    with pytest.raises(ValueError, match="--sweep is one of guidance, H_cycles, L_cycles, kl_threshold, then ="):
         run_sweep(wrong, "out", None)
 
 
@@ -45,3 +45,11 @@ def test_the_model_runs_at_each_depth(workplace):
     assert "| task | H_cycles = 1 | H_cycles = 2 | H_cycles = 3 |" in said
     again = run(workplace, "eval.py", *args, "--sweep=H_cycles=1,2,3,4").stdout
     assert again.count("3 answers are kept from an earlier run, 0 are left to do") == 3
+
+
+def test_adaptive_depth_is_a_curve(workplace):
+    run(workplace, "train.py", *TINY, "--max_iters=2")
+    args = "--tasks=heldout --limit=4 --max_new_tokens=4 --dtype=float32 --device=cpu --H_cycles=3".split()
+    said = run(workplace, "eval.py", *args, "--sweep=kl_threshold=0,1e-9,1e9").stdout
+    assert "| heldout depth | 100.00% | 100.00% | 66.67% |\n| heldout tokens/s |" in said
+    assert "kl_threshold = 1e-09" in said and (workplace / "out" / "sweep.svg").stat().st_size > 1000
