@@ -26,12 +26,12 @@ def adaptive_logits(model, ids, n_prefix):
 
     def run_block(x, w, cos, sin):
         h, k = divmod(len(calls), n_calls)
-        g, q, *kv = project_gqkv(x, w.gqkv_proj, cos, sin, c.norm_eps)
+        g, q, *kv = project_gqkv(x, w.gqkv_proj, cos, sin, c.norm_eps, False)
         if h:
             old = calls[(h - 1) * n_calls + k]
             kv = [torch.where((done <= h)[None, :, None, None], a, b) for a, b in zip(old, kv)]
         calls.append(kv)
-        return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], c.norm_eps)
+        return output_and_mlp(x, g, attend(q, *kv, mask), *w[1:], c.norm_eps, False)
 
     def settled(z_H):
         H_state.append((z_H[0] @ model.lm_head.T).log_softmax(-1))
