@@ -193,11 +193,12 @@ def decode():
     @torch.inference_mode()
     def figures(some):
         engine = generate.take_engine(model, len(some), longest, greedy)
-        n_tokens, prefill = sum(map(len, some)), partial(engine.prefill, some, list(range(len(some))))
+        slots = list(range(len(some)))
+        n_tokens, prefill = sum(map(len, some)), partial(engine.prefill, some, slots)
 
         def decode_one(i):
             clock = now()
-            engine.decode(len(some[-1]) + i)
+            engine.decode(len(some[-1]) + i, slots)
             engine.ids.tolist()
             return time.perf_counter() - clock
 

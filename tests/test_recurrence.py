@@ -184,7 +184,7 @@ def test_a_run_resumes_and_answers(workplace, recurrence, norm):
     said = run(workplace, "train.py", "--init_from=resume", f"--recurrence={other}", ok=False).stderr
     assert "holds another model" in said and f"recurrence {recurrence}" in said
     if recurrence != "trm":
-        with pytest.raises(ValueError, match="guidance compares the last two H-steps"):
+        with pytest.raises(ValueError, match="guidance and kl_threshold compare H-steps"):
             load_for_inference(out, device="cpu", dtype="float32", guidance=0.5)
     if recurrence == "transformer":
         with pytest.raises(ValueError, match="is a plain Transformer, which has neither H_cycles nor L_cycles"):
