@@ -88,8 +88,8 @@ def grids():
 
 
 def sudoku4(rng, blanks):
-    """A 4x4 Sudoku with so many blanks and one solution. What is held out are puzzles, of which 2 blanks make 34,560,
-    less those with two solutions; their 288 solutions are in training, too."""
+    """A 4x4 Sudoku with so many blanks and one solution. What is held out are puzzles, of which 2 blanks make 34,560;
+    their 288 solutions are in training, too."""
     found, bits = grids()
     while True:
         grid, holes = rng.choice(found), {*rng.sample(range(16), blanks)}
@@ -151,8 +151,8 @@ def gym_task(name):
     """The function random.Random -> (instruction, response) of a task of reasoning-gym. Raises ValueError."""
     try:
         from reasoning_gym import create_dataset
-    except ImportError:
-        raise ValueError(f"reasoning_gym:{name} needs the package reasoning-gym: pip install reasoning-gym") from None
+    except ImportError as e:
+        raise ValueError(f"{name} needs the package reasoning-gym (pip install reasoning-gym): {e}") from None
     with errors_name_file(f"reasoning_gym:{name}", "cannot be made"):
         task = create_dataset(name, size=2**31, seed=0)
 
