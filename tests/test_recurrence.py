@@ -70,7 +70,7 @@ def test_cached_generation_equals_full_forward_passes(recurrence, norm):
                 assert plain_logits(model, torch.tensor(prompt + new[:k]), len(prompt))[-1].argmax() == id
 
 
-@pytest.mark.parametrize("recurrence, norm", [("looped", "post"), ("trm", "pre")])
+@pytest.mark.parametrize("recurrence, norm", [("trm", "pre")])
 def test_compiled_blocks_give_the_same(recurrence, norm):
     model, row = tiny_model(recurrence=recurrence, norm=norm), pack(documents(), 64)
     prompts = [ids[:p].tolist() for ids, p in documents()]
@@ -164,9 +164,7 @@ def weights(out):
     return torch.load(out / "ckpt.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize(
-    "recurrence, norm", [("transformer", "magic"), ("looped", "post"), ("rins", "magic"), ("trm", "pre")]
-)
+@pytest.mark.parametrize("recurrence, norm", [("transformer", "magic"), ("looped", "post")])
 def test_a_run_resumes_and_answers(workplace, recurrence, norm):
     args = [*TINY, f"--recurrence={recurrence}", f"--norm={norm}", "--prefix_lm=False", "--loss_on=all"]
     args += ["--bp_warmup=0.5", "--eval_iters=2", "--checkpoint_interval=4", "--log_interval=1"]
