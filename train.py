@@ -327,10 +327,10 @@ def main():
                 print0(f"{sentence}; skipped, {run['skipped']} of at most {skip_nonfinite}")
                 continue
             files.wait()
-            losses = ", ".join(progress.last_losses) or "none"
             ckpt = "none yet" if files.saved is None else f"{files.directory / 'ckpt.pt'} (step {files.saved})"
-            sentence += f"; logged losses before: {losses}; checkpoint to return to, with --init_from=resume: {ckpt}"
-            gather(ranks.Trouble(f"{sentence}; --skip_nonfinite={run['skipped']} skips such a step"))
+            sentence += f"; logged losses before: {', '.join(progress.last_losses) or 'none'}; checkpoint to return to "
+            sentence += f"(--init_from=resume): {ckpt}; --skip_nonfinite={run['skipped']} skips such a step"
+            gather(ranks.Trouble(sentence) if ranks.master else None)  # the first rank alone knows the checkpoint
         pending.clear()
 
     while True:
