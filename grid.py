@@ -67,6 +67,7 @@ status = False  # train nothing
 settings = configure(globals())
 DEFAULTS = dict(train.settings)
 INTERRUPTED = "interrupted; the same command goes on with what is left"
+T_95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 2, 3, ... seeds, 10 and more
 stopping = []  # holds True from an interruption on
 # ----------------------------------------------------------------------------------------------------
 
@@ -235,26 +236,11 @@ def execute_all(runs, lines):
 
 
 # ---- what comes out ----
-def t_95(df):
-    """Student's t that 95% of a sample's means are within, for df degrees of freedom (Abramowitz and Stegun 26.7.3-4,
-    solved by bisection)."""
-    low, high = 0.0, math.pi / 2  # the angle whose tangent is t / sqrt(df)
-    for _ in range(60):
-        angle = (low + high) / 2
-        odd, total = df % 2, 0.0
-        term = math.cos(angle) if odd else 1.0
-        for k in range(1 + odd, df, 2):
-            total, term = total + term, term * math.cos(angle) ** 2 * k / (k + 1)
-        inside = math.sin(angle) * total
-        inside = (angle + inside) * 2 / math.pi if odd else inside
-        low, high = (angle, high) if inside < 0.95 else (low, angle)
-    return math.tan(angle) * df**0.5
-
-
 def mean_and_half(values):
     """(mean, half of its 95% interval) over seeds, the half 0 for a single one."""
-    half = t_95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return statistics.mean(values), half
+    if (n := len(values)) == 1:
+        return values[0], 0.0
+    return statistics.mean(values), T_95[min(n, len(T_95) + 1) - 2] * statistics.stdev(values) / n**0.5
 
 
 def write_table(found):

@@ -75,6 +75,8 @@ class Progress:
         seconds, self.mark = time.perf_counter() - clock, None
         speed = (tokens - tokens_before) / seconds
         flops = self.model.flops_per_token(bp_steps) * speed / ranks.world_size
+        weight_norm = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()])).norm()
+        metrics = metrics | {"weight_norm": weight_norm}
         entry = {"iter": step, **{name: value.item() for name, value in metrics.items()}, "lr": lr}
         entry |= {"bp_steps": bp_steps, "tokens": tokens}
         in_epoch = (loader["cursor"] - len(loader["waiting"])) / loader["documents"]

@@ -8,8 +8,10 @@ server (server.py) that has imported the libraries, and nothing of the project.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from queue import Queue
@@ -33,15 +35,33 @@ def command(script, *args, ranks=1, restarts=0):
 def run(cwd, script, *args, ranks=1, restarts=0, ok=True, **env):
     """
     Run a script to its end. It must succeed, or fail if `ok` is False, or either if None. `env` is added to the
-    environment, but too late for what Python and torch read when they start.
+    environment, but too late for what Python and torch read when they start. Two ranks that are to succeed at once do
+    without torchrun.
     """
     start = command(script, *args, ranks=ranks, restarts=restarts)
-    if ranks > 1 or sys.platform != "linux":
-        done = subprocess.run(start, cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
-    else:
+    if sys.platform == "linux" and ranks == 1:
         done = forked(start, cwd, env)
+    elif sys.platform == "linux" and ranks == 2 and ok and not restarts:
+        done = two_ranks(command(script, *args), cwd, env)
+    else:
+        done = subprocess.run(start, cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
     assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_ranks(start, cwd, env):
+    """What subprocess.run would return for torchrun."""
+    env = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor(2) as pool:
+        both = [*pool.map(lambda rank: forked(start, cwd, {**env, "RANK": rank, "LOCAL_RANK": rank}), "01")]
+    stdout, stderr = ("".join(texts) for texts in zip(*((done.stdout, done.stderr) for done in both)))
+    return subprocess.CompletedProcess(start, max(abs(done.returncode) for done in both), stdout, stderr)
 
 
 def forked(start, cwd, env):

@@ -10,14 +10,13 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from scripts import ENV, ROOT, TINY, command, run, torchrun
+from scripts import ENV, ROOT, TINY, command, free_port, run, torchrun
 from test_train import averages, checkpoint, read_log
 
 from checkpoint import RunFiles
@@ -284,10 +283,8 @@ def test_one_rank_dies_all_end_and_torchrun_starts_them_again(workplace):
 
 def nodes(places, *args, **env):
     """Run train.py under two torchrun agents, as on two machines, which start in `places`. Returns [(rc, output)]."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{s.getsockname()[1]}"
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=7"]
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
+    options += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     start = [sys.executable, *torchrun(*options, "--max_restarts=1")]
     start += ([ROOT / "tests" / "crash.py"] if env else []) + [ROOT / "train.py", *args]
     pipes = dict(env={**ENV, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

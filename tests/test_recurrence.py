@@ -1,6 +1,7 @@
 """The recurrences, norms, masks and objectives that HRM is compared with: each against its plain loop (conftest.py)."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,18 +71,14 @@ def test_cached_generation_equals_full_forward_passes(recurrence, norm):
                 assert plain_logits(model, torch.tensor(prompt + new[:k]), len(prompt))[-1].argmax() == id
 
 
-@pytest.mark.parametrize("recurrence, norm", [("trm", "pre")])
-def test_compiled_blocks_give_the_same(recurrence, norm):
-    model, row = tiny_model(recurrence=recurrence, norm=norm), pack(documents(), 64)
-    prompts = [ids[:p].tolist() for ids, p in documents()]
-    plain, want = model.generate(prompts, 6), {}
-    for compile in False, True:
-        model.set_compute(compile=compile)
-        for K in 3, 5:
-            model(*row, bp_steps=K)[1].backward()
-            for name, g in gradients(model).items():
-                assert close(g, want.setdefault((K, name), g)), (K, name)
-    assert model.generate(prompts, 6) == plain
+def test_compiled_blocks_give_the_same():
+    model, row = tiny_model(recurrence="trm", norm="post"), pack(documents(), 64)
+    model(*row, bp_steps=4)[1].backward()
+    want = gradients(model)
+    model.set_compute(compile=True)
+    model(*row, bp_steps=4)[1].backward()
+    for name, g in gradients(model).items():
+        assert close(g, want[name]), name
 
 
 @each
@@ -164,29 +161,26 @@ def weights(out):
     return torch.load(out / "ckpt.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("recurrence, norm", [("transformer", "magic"), ("looped", "post")])
-def test_a_run_resumes_and_answers(workplace, recurrence, norm):
-    args = [*TINY, f"--recurrence={recurrence}", f"--norm={norm}", "--prefix_lm=False", "--loss_on=all"]
+def test_a_run_resumes_and_answers(workplace):
+    args = [*TINY, "--recurrence=looped", "--norm=post", "--prefix_lm=False", "--loss_on=all"]
     args += ["--bp_warmup=0.5", "--eval_iters=2", "--checkpoint_interval=4", "--log_interval=1"]
     run(workplace, "train.py", *args, "--max_iters=8", "--out_dir=straight")
-    run(workplace, "train.py", *args, "--max_iters=8", "--out_dir=out")
     out = workplace / "out"
+    shutil.copytree(workplace / "straight", out)
     (out / "ckpt-00000004.pt").replace(out / "ckpt.pt")
-    run(workplace, "train.py", "--init_from=resume", "--out_dir=out")
+    assert "resuming out at step 4" in run(workplace, "train.py", "--init_from=resume", "--out_dir=out").stdout
     assert all(torch.equal(w, weights(workplace / "straight")[name]) for name, w in weights(out).items())
     assert read_log(out, "val_loss") == read_log(workplace / "straight", "val_loss")
     assert "1 + 1" in run(workplace, "sample.py", "--prompt=1 + 1", "--max_new_tokens=8").stdout
     model, _, _ = load_for_inference(out, device="cpu", dtype="float32")
-    assert (model.config.recurrence, model.config.norm, model.config.prefix_lm) == (recurrence, norm, False)
-    other = "rins" if recurrence == "looped" else "looped"
-    said = run(workplace, "train.py", "--init_from=resume", f"--recurrence={other}", ok=False).stderr
-    assert "holds another model" in said and f"recurrence {recurrence}" in said
-    if recurrence != "trm":
-        with pytest.raises(ValueError, match="guidance and kl_threshold compare H-steps"):
-            load_for_inference(out, device="cpu", dtype="float32", guidance=0.5)
-    if recurrence == "transformer":
-        with pytest.raises(ValueError, match="is a plain Transformer, which has neither H_cycles nor L_cycles"):
-            load_for_inference(out, device="cpu", dtype="float32", H_cycles=3)
+    assert (model.config.recurrence, model.config.norm, model.config.prefix_lm) == ("looped", "post", False)
+    said = run(workplace, "train.py", "--init_from=resume", "--recurrence=rins", ok=False).stderr
+    assert "holds another model" in said and "recurrence looped" in said
+    with pytest.raises(ValueError, match="guidance and kl_threshold compare H-steps"):
+        load_for_inference(out, device="cpu", dtype="float32", guidance=0.5)
+    run(workplace, "train.py", *TINY, "--recurrence=transformer", "--max_iters=1", "--out_dir=plain")
+    with pytest.raises(ValueError, match="is a plain Transformer, which has neither H_cycles nor L_cycles"):
+        load_for_inference(workplace / "plain", device="cpu", dtype="float32", H_cycles=3)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_schedules_and_log(workplace):
     lr, bp_steps = read_log(workplace / "out", "lr"), read_log(workplace / "out", "bp_steps")
     assert lr[1] == pytest.approx(1e-4) and lr[10] == lr[40] == pytest.approx(1e-3) and lr[46] == pytest.approx(5e-4)
     assert [bp_steps[i] for i in (1, 4, 5, 7, 8, 10, 11, 50)] == [2, 2, 3, 3, 4, 4, 5, 5]
-    for key in "tokens_per_sec", "grad_norm", "accuracy", "epoch", "seconds":
+    for key in "tokens_per_sec", "grad_norm", "weight_norm", "accuracy", "epoch", "seconds":
         values = read_log(workplace / "out", key)
         assert set(values) == set(range(1, 51)) and all(value >= 0 for value in values.values())
     epoch, tokens = read_log(workplace / "out", "epoch"), read_log(workplace / "out", "tokens")
