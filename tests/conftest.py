@@ -133,6 +133,12 @@ def workplace(tmp_path, problems_dir):
     return tmp_path
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, or one of the two workers would end with nothing left to do."""
+    slow = ["test_crash", "test_ranks", "test_model", "test_train"]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=0, help="kills at random moments, per number of ranks (test_crash)")
     parser.addoption("--fuzz", type=int, default=4, help="cases per fuzzed kind of input (test_fuzz)")

@@ -35,14 +35,14 @@ def command(script, *args, ranks=1, restarts=0):
 def run(cwd, script, *args, ranks=1, restarts=0, ok=True, **env):
     """
     Run a script to its end. It must succeed, or fail if `ok` is False, or either if None. `env` is added to the
-    environment, but too late for what Python and torch read when they start. Two ranks that are to succeed at once do
-    without torchrun.
+    environment, but too late for what Python and torch read when they start; PLOTS="1" lets it find matplotlib. Two
+    ranks do without torchrun, unless they are to fail or to start again.
     """
     start = command(script, *args, ranks=ranks, restarts=restarts)
     if sys.platform == "linux" and ranks == 1:
         done = forked(start, cwd, env)
-    elif sys.platform == "linux" and ranks == 2 and ok and not restarts:
-        done = two_ranks(command(script, *args), cwd, env)
+    elif sys.platform == "linux" and ranks == 2 and ok is not False and not restarts:
+        done = two_ranks(command(script, *args), (cwd, cwd), env)
     else:
         done = subprocess.run(start, cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
     assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
@@ -55,11 +55,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def two_ranks(start, cwd, env):
-    """What subprocess.run would return for torchrun."""
+def two_ranks(start, places, env):
+    """What subprocess.run would return for torchrun; each rank has its own directory to run in."""
     env = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    envs = ({**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     with ThreadPoolExecutor(2) as pool:
-        both = [*pool.map(lambda rank: forked(start, cwd, {**env, "RANK": rank, "LOCAL_RANK": rank}), "01")]
+        both = [*pool.map(forked, (start, start), places, envs)]
     stdout, stderr = ("".join(texts) for texts in zip(*((done.stdout, done.stderr) for done in both)))
     return subprocess.CompletedProcess(start, max(abs(done.returncode) for done in both), stdout, stderr)
 

@@ -35,6 +35,8 @@ for fd, name in enumerate((os.devnull, stdout, stderr)):
     os.close(file)
 os.chdir(cwd)
 os.environ.update(env)
+if "PLOTS" not in env:
+    sys.modules["matplotlib"] = None  # to import it and to draw takes longer than most runs
 if "SECONDS" in env:  # limits
     signal.alarm(int(env["SECONDS"]))
     resource.setrlimit(resource.RLIMIT_DATA, (int(env["MEMORY"]),) * 2)

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from scripts import ENV, ROOT, TINY, command, free_port, run, torchrun
-from test_train import averages, checkpoint, read_log
+from scripts import ENV, ROOT, TINY, command, run
+from test_train import checkpoint, read_log
 
 from checkpoint import RunFiles
 from common import Forgiving, exit_on_error
@@ -154,8 +154,8 @@ def test_two_processes_do_not_share_an_out_dir(workplace):
 
 
 def test_the_newest_checkpoints_are_kept(workplace):
-    for keep, names in (1, {"ckpt.pt"}), (3, {"ckpt.pt", "ckpt-00000021.pt", "ckpt-00000018.pt"}):
-        args = [*RUN, f"--keep_checkpoints={keep}", f"--out_dir=keep{keep}"]
+    for keep, names in (1, {"ckpt.pt"}), (3, {"ckpt.pt", "ckpt-00000009.pt", "ckpt-00000006.pt"}):
+        args = [*RUN, f"--keep_checkpoints={keep}", f"--out_dir=keep{keep}", "--max_iters=12"]
         crash(workplace, "nothing 0", *args, CRASH_SLOW="0.1", ok=True)  # so that each is written before the next
         assert {p.name for p in (workplace / f"keep{keep}").glob("ckpt*")} == names
 
@@ -229,7 +229,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(workplace):
 @pytest.mark.parametrize("what, ranks", [("loss", 1), ("gradient", 1), ("loss", 2)])
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(workplace, whole, what, ranks):
     """It tells the step, the documents, the losses before and the checkpoint, which is as it was."""
-    done = crash(workplace, f"{what} 5", *RUN, ranks=ranks, CRASH_RANK=str(ranks - 1))
+    done = crash(workplace, f"{what} 5", *RUN, ok=None, ranks=ranks, CRASH_RANK=str(ranks - 1))
     sentence = next(line for line in done.stderr.splitlines() if line.startswith("train.py: "))
     told = "the loss is nan" if what == "loss" else "a gradient is not finite"
     loader = Loader(workplace / "data" / "problems", "train", 4, 256, 1337)
@@ -240,7 +240,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(workplace, whole, wh
         "out/ckpt.pt (step 3)",
     ):
         assert part in sentence
-    assert done.returncode == 1 and (ranks > 1 or "Traceback" not in done.stderr)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert read_log(workplace / "out", "documents") == {5: documents}
     run(workplace, "train.py", *RUN, "--init_from=resume")
     if ranks == 1:
@@ -259,60 +259,6 @@ def test_such_a_step_is_skipped_on_request(workplace, what):
     assert (before["skipped"], after["skipped"]) == (0, 1) and before["loader"] != after["loader"]
     assert not torch.equal(after["model"]["lm_head"], end["model"]["lm_head"])
     assert read_log(workplace / "out")[5] == pytest.approx(None) or what == "gradient"
-
-
-# ----------------------------------------------------------------------------------------------------
-# several ranks
-
-
-def test_one_rank_dies_all_end_and_torchrun_starts_them_again(workplace):
-    """The run is that of two ranks left alone, and one rank can go on with it."""
-    run(workplace, "train.py", *RUN, "--out_dir=whole", ranks=2)
-    done = crash(workplace, "optimizer 105", *RUN, ranks=2, restarts=1, CRASH_RANK="1", ok=True)
-    assert "resuming out at step 9" in done.stdout and "cannot go on with the other ranks" in done.stderr
-    assert_same_run(workplace / "out", workplace / "whole")
-    (workplace / "out" / "ckpt.pt").unlink()
-    again = run(workplace, "train.py", *RUN, TORCHELASTIC_RUN_ID="another", ok=False)  # it does not resume by itself
-    assert "out holds another run already" in again.stderr
-    assert "at step 21" in run(workplace, "train.py", *RUN, "--init_from=resume").stdout
-    assert read_log(workplace / "out") == pytest.approx(read_log(workplace / "whole"), rel=1e-5)
-    ours = averages(workplace / "out")
-    for key, w in averages(workplace / "whole").items():
-        assert (ours[key] - w).abs().max() < 1e-4 * w.abs().max(), key
-
-
-def nodes(places, *args, **env):
-    """Run train.py under two torchrun agents, as on two machines, which start in `places`. Returns [(rc, output)]."""
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
-    options += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-    start = [sys.executable, *torchrun(*options, "--max_restarts=1")]
-    start += ([ROOT / "tests" / "crash.py"] if env else []) + [ROOT / "train.py", *args]
-    pipes = dict(env={**ENV, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    agents = [subprocess.Popen(start, cwd=place, **pipes) for place in places]
-    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
-    return [(agent.returncode, output) for agent, output in zip(agents, outputs)]
-
-
-def test_two_nodes_start_again_and_only_the_first_needs_the_checkpoint(workplace, whole, tmp_path_factory):
-    """With slow steps, so that the node of the rank that lives hears of it from torchrun and not from its own rank."""
-    other = tmp_path_factory.mktemp("node")
-    (other / "data").symlink_to(workplace / "data")
-    results = nodes((workplace, other), *RUN, CRASH="optimizer 65", CRASH_RANK="1", CRASH_SLOW="1")
-    for rc, output in results:
-        assert rc == 0, output
-    assert "resuming out at step" in results[0][1] + results[1][1]
-    place = workplace if (workplace / "out").exists() else other  # of the agent that had rank 0
-    assert read_log(place / "out") == pytest.approx(read_log(whole), rel=1e-5)
-
-
-def test_ranks_that_disagree_are_told_so(workplace, tmp_path_factory):
-    other = tmp_path_factory.mktemp("node")
-    run(other, "data.py", "--n_problems=300", "--n_val_problems=20", "--seed=2")
-    results = nodes((workplace, other), *RUN)
-    assert all(rc == 1 for rc, _ in results)
-    output = results[0][1] + results[1][1]
-    assert "rank 1: unlike on rank 0, data/problems/train.bin is" in output and "has lost" not in output
-    assert not (workplace / "out").exists() and not (other / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -134,13 +134,13 @@ def test_gradients_of_fewer_steps_against_all(rows):
 
 def test_a_checkpoint_gets_a_picture_and_tables(workplace):
     run(workplace, "train.py", *TINY, "--max_iters=2")
-    said = run(workplace, "diagnose.py", "--documents=9", "--device=cpu").stdout
+    said = run(workplace, "diagnose.py", "--documents=9", "--device=cpu", PLOTS="1").stdout
     text = (workplace / "out" / "diagnose.md").read_text()
     assert "| 8 H | " in text and "| 0.000 | 100.00% | 1.000 |" in text and "bp_steps  embed norm" in said
     assert text.count("| - | - |") == 1 and (workplace / "out" / "diagnose.png").stat().st_size > 10000
     failed = run(workplace, "diagnose.py", "--documents=0", ok=False)
     assert failed.stderr == "diagnose.py: documents must be at least 1, not 0\n"
-    failed = run(workplace, "diagnose.py", "--picture=x.abc", "--documents=1", ok=False)
+    failed = run(workplace, "diagnose.py", "--picture=x.abc", "--documents=1", ok=False, PLOTS="1")
     assert failed.stderr.startswith("diagnose.py: x.abc could not be written: Format 'abc' is not supported")
     failed = run(workplace, "diagnose.py", "--out_dir=nowhere", ok=False)
     assert failed.stderr == "diagnose.py: there is no directory nowhere with a model\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import plain_logits, tiny_model
-from scripts import ENV, ROOT, TINY, command, run
+from scripts import ENV, TINY, command, run
 
 import eval as evaluation
 import evaluate
@@ -244,29 +244,6 @@ def test_ranks_share_the_questions(trained):
     assert saved(trained, "one") == saved(trained, "two")
     failed = run(trained, "eval.py", "--init_from=out", "--tasks=nonsense", ranks=2, ok=False).stderr
     assert failed.count("there is no task 'nonsense'") == 1
-
-
-AT_WORK = """
-import time
-import ranks
-
-ranks.start("cpu")
-stop = ranks.catch_stop_signals()
-with ranks.abort_if_any():
-    if ranks.rank == 1:
-        raise ValueError("it is broken")
-    while not stop():
-        time.sleep(0.1)
-"""
-
-
-def test_a_rank_that_fails_ends_the_others_at_once(tmp_path):
-    """One that is at work, and would be for long; nothing else is said."""
-    (tmp_path / "work.py").write_text(AT_WORK)
-    start = time.monotonic()
-    said = run(tmp_path, tmp_path / "work.py", ranks=2, ok=False, PYTHONPATH=str(ROOT)).stderr
-    assert said.count("work.py: rank 1: it is broken\n") == 1 and "has lost" not in said
-    assert time.monotonic() - start < 60
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_a_picture_of_several_runs(tmp_path):
         entries = [dict(iter=i, loss=9 / i, accuracy=i / 9, grad_norm=1.0, lr=1e-3, bp_steps=2) for i in range(1, 9)]
         lines = [json.dumps(entry) for entry in [*entries, dict(iter=8, val_loss=2.0, val_accuracy=0.5)]]
         (tmp_path / out / "log.jsonl").write_text("\n".join(lines))
-    assert "written to both.png" in run(tmp_path, "plot.py", "one", "two", "--picture=both.png").stdout
-    run(tmp_path, "plot.py", "--out_dirs=one,two")
+    assert "written to both.png" in run(tmp_path, "plot.py", "one", "two", "--picture=both.png", PLOTS="1").stdout
+    run(tmp_path, "plot.py", "--out_dirs=one,two", PLOTS="1")
     assert (tmp_path / "both.png").stat().st_size and 0 < (tmp_path / "one" / "loss.svg").stat().st_size < 200_000
-    assert "plot.py: none/log.jsonl: No such file" in run(tmp_path, "plot.py", "none", ok=False).stderr
+    assert "plot.py: none/log.jsonl: No such file" in run(tmp_path, "plot.py", "none", ok=False, PLOTS="1").stderr

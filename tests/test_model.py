@@ -402,7 +402,7 @@ def guided(model, ids, n_prefix):
     return (1 + w) * plain_logits(model, ids, n_prefix) - w * plain_logits(model, ids, n_prefix, earlier=True)
 
 
-@pytest.mark.parametrize("H_cycles, w", [(2, 0.5), (2, -0.5), (2, -1.0), (3, 2.0)])
+@pytest.mark.parametrize("H_cycles, w", [(2, -1.0), (3, 2.0)])
 def test_guidance_combines_the_logits_of_the_last_two_H_steps(H_cycles, w, monkeypatch):
     """In packed rows, the loss, prefill and decoding, by CUDA graphs too."""
     model, docs = tiny_model(H_cycles=H_cycles), documents()

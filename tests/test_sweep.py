@@ -50,6 +50,6 @@ def test_the_model_runs_at_each_depth(workplace):
 def test_adaptive_depth_is_a_curve(workplace):
     run(workplace, "train.py", *TINY, "--max_iters=2")
     args = "--tasks=heldout --limit=4 --max_new_tokens=4 --dtype=float32 --device=cpu --H_cycles=3".split()
-    said = run(workplace, "eval.py", *args, "--sweep=kl_threshold=0,1e-9,1e9").stdout
+    said = run(workplace, "eval.py", *args, "--sweep=kl_threshold=0,1e-9,1e9", PLOTS="1").stdout
     assert "| heldout depth | 100.00% | 100.00% | 66.67% |\n| heldout tokens/s |" in said
     assert "kl_threshold = 1e-09" in said and (workplace / "out" / "sweep.svg").stat().st_size > 1000
