@@ -18,7 +18,8 @@ import types
 from contextlib import suppress
 from pathlib import Path
 
-SCRIPTS = [f"{name}.py" for name in "train data sample eval hf plot contamination grid bench bench_gpu".split()]
+SCRIPTS = "train data sample eval hf plot contamination diagnose grid bench bench_gpu".split()
+SCRIPTS = [f"{name}.py" for name in SCRIPTS]
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 

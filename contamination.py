@@ -26,7 +26,7 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from contextlib import closing
-from itertools import count
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,32 +68,28 @@ class Grams(NamedTuple):
     first: np.ndarray  # the first of the places of each number
 
 
-def make_grams(ids, ends, n, base):
-    """The Grams of questions that end at `ends` in `ids` (at least n more ids follow the last), or None if two that
-    differ have the same hash. That is the sum of the tokens times base^0, base^1, ... modulo 2^64."""
+def make_grams(ids, ends, n):
+    """The Grams of questions that end at `ends` in `ids` (at least n more ids follow the last). A hash is the sum of
+    the tokens times BASE^0, BASE^1, ... modulo 2^64. If two n-grams that differ had the same, one would be missed, for
+    which the odds are 1 to 10^5 with ten million n-grams."""
     places = np.flatnonzero(np.arange(ends[-1]) + n <= np.repeat(ends, np.diff(ends, prepend=0)))
     hashes = np.zeros(len(places), np.uint64)
     for k in reversed(range(n)):
-        hashes = hashes * np.uint64(base) + ids[places + k]
+        hashes = hashes * np.uint64(BASE) + ids[places + k]
     hashes, first, numbers = np.unique(hashes, return_index=True, return_inverse=True)
-    same = places[first][numbers]
-    if any((ids[places + k] != ids[same + k]).any() for k in range(n)):
-        return None
     return Grams(n, places, numbers, np.append(hashes, np.uint64(2**64 - 1)), np.append(places[first], ends[-1]))
 
 
 def scan(bin, dtype, ends, ids, question_ends, ns):
     """Look for the questions' n-grams in the documents of a bin. Returns ([(Grams, found)] by ascending n, best).
     found[number] says whether a document has the n-gram. best (2, numbers) is of the smallest n: how many in a row at
-    most stand where the n-gram does, and its place in the bin there. Exact, as tokens are compared where hashes are
+    most stand where the n-gram does, and its place in the bin there. Tokens are compared where hashes are
     equal. Memory grows with the questions, not with the bin."""
-    for base in count(BASE, 8):
-        if all(grams := [make_grams(ids, question_ends, n, base) for n in sorted({*ns})]):
-            break
+    grams = [make_grams(ids, question_ends, n) for n in sorted({*ns})]
     bits = min((32 * len(grams[0].hashes)).bit_length(), 28)
     shift, table = np.uint64(64 - bits), np.zeros(2**bits, bool)
     table[grams[0].hashes >> shift] = True  # a hash that is not in this table, as most of a text's, needs no search
-    factors = (np.full(BLOCK + max(ns), x, np.uint64) for x in (base, pow(base, -1, 2**64)))
+    factors = (np.full(BLOCK + max(ns), x, np.uint64) for x in (BASE, pow(BASE, -1, 2**64)))
     powers, inverses = map(np.cumprod, factors)
 
     def look_up(block):
@@ -203,7 +199,7 @@ def read_questions(name, task, directory, answered):
 
 
 def matches_of(asked, grams, best, tokens, ends, encoding, files):
-    """Yields of each question what its lines say of its longest match. `files` are [(name, its first document)]."""
+    """Yields of each question what its lines say of its longest match. `files`: [(name, end of its documents)]."""
     end = 0
     for question in asked:
         begin, end = end, end + len(question)
@@ -214,7 +210,7 @@ def matches_of(asked, grams, best, tokens, ends, encoding, files):
         line = {"tokens": len(question), "match": length}
         if length:
             start, stop = np.clip((place - 8, place + length + 8), *spans(ends, d))
-            line |= {"document": d, "file": next((name for name, first in reversed(files) if first <= d), "")}
+            line |= {"document": d, "file": next(name for name, end in files if d < end)}
             line["excerpt"] = encoding.decode(tokens[start:stop].tolist())[:500]
         yield line
 
@@ -229,8 +225,8 @@ def main():
     for file in "train.bin", "train.idx":
         check_file(directory, file, meta)
     tokens, ends, _ = open_split(directory, "train")
-    sizes = [file["train"]["documents"] for file in meta["files"]]
-    files = [(file["name"], sum(sizes[:i])) for i, file in enumerate(meta["files"])]
+    file_ends = accumulate(file["train"]["documents"] for file in meta["files"])
+    files = [*zip((file["name"] for file in meta["files"]), file_ends)]
     answered = read_generations(answers) if answers else dict.fromkeys(chosen)
     if lacking := [name for name in chosen if name not in answered]:
         raise ValueError(f"{answers} has no generations-{lacking[0]}.jsonl: run eval.py with --save_generations=True")
@@ -253,13 +249,13 @@ def main():
                 if is_flagged(table):
                     notes.append(f"{name}, n = {n}: all four |Z| are above 2: contamination has changed the score.")
             lines = [{"row": q.row, **line} for q, line in zip(questions, matches)]
-            if top := Counter(line["file"] for line in lines if line.get("file")).most_common(5):
+            if top := Counter(line["file"] for line in lines if line["match"]).most_common(5):
                 counts = ", ".join(f"{file} ({k:,})" for file, k in top)
                 notes.append(f"{name}: files with the longest matches (of how many questions): {counts}.")
             share = shares[min(ngrams)][first:last]
             for i in sorted(np.flatnonzero(share > 0), key=lambda i: (-share[i], -lines[i]["match"]))[:n_examples]:
                 line = lines[i]
-                where = f"document {line['document']:,}" + f" of {line['file']}" * bool(files)
+                where = f"document {line['document']:,} of {line['file']}"
                 match = f"{share[i]:.1%}, {line['match']} of {line['tokens']} tokens are in {where}"
                 examples.append(f"{name} {line['row']}: {match}: {line['excerpt'][:200]!r}")
             with open(part / f"contamination-{name}.jsonl", "w") as file:

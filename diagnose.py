@@ -20,6 +20,7 @@ the parts, relative to its mean.
 from configurator import configure
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,10 @@ def trace(model, idx, targets, doc, prefix):
             entropy.append(attention_entropy(q, k, first.to(device), last.to(device)).cpu()[real].mean())
             change.append(((y - x).norm(dim=-1) / x.norm(dim=-1)).cpu()[real].mean())
             if len(change) % n == 0:
-                names.append("H" if w.o_proj.data_ptr() in at_H else "L")
+                is_H = w.o_proj.data_ptr() in at_H
+                if c.recurrence == "trm":  # whose L is H
+                    is_H = (len(names) + 1) % (c.L_cycles + 1) == 0
+                names.append("H" if is_H else "L")
                 states.append((y if c.norm == "post" else norm(y, c.norm_eps)).float().cpu())
             return y
 
@@ -102,11 +106,12 @@ def trace(model, idx, targets, doc, prefix):
         model(idx, None, doc, prefix)
     finally:
         del model.recurrence
-    logits = [F.linear(z[targets != IGNORE], model.lm_head.float().cpu()) for z in states]
+    lens = partial(F.linear, weight=model.lm_head.float().cpu())
+    targeted, final = [z[targets != IGNORE] for z in states], lens(states[-1][targets != IGNORE])
     found = dict(step=[f"{i} {name}" for i, name in enumerate(names, 1)])
     found |= {key: torch.stack(x).view(-1, n) for key, x in dict(change=change, entropy=entropy).items()}
-    found["KL"] = torch.stack([divergence(logits[-1], x).mean() for x in logits])
-    found["agrees"] = torch.stack([(x.argmax(-1) == logits[-1].argmax(-1)).float().mean() for x in logits])
+    found["KL"] = torch.stack([divergence(final, lens(z)).mean() for z in targeted])  # one step's logits at a time
+    found["agrees"] = torch.stack([(lens(z).argmax(-1) == final.argmax(-1)).float().mean() for z in targeted])
     unit = torch.stack([F.normalize(z[real], dim=-1) for z in states])
     found["cosine"] = torch.einsum("itc,jtc->ij", unit, unit) / len(unit[0])
     return found | {"uniform": (last - first)[real].log().mean()}
@@ -166,7 +171,7 @@ def draw(traced, by_group, path):
     cosine.set_yticklabels(names)
     lens.plot(names, traced["KL"], "o-", label="KL of the final prediction, nats")
     lens.plot(names, traced["agrees"], "s--", label="share with its likeliest token")
-    lens.set(title="logit lens", ylim=(0, 1.3 * traced["KL"].max()))
+    lens.set(title="logit lens", ylim=(0, 1.3 * max(1, traced["KL"].max())))
     lens.tick_params(axis="x", rotation=90)
     lens.legend(frameon=False)
     for i, (name, by_steps) in enumerate(by_group.items()):

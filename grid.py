@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,7 @@ from common import (
     read_json,
     replace_file,
 )
+from devices import choose_device
 from model import HRM, HRMConfig
 from plot import new_figure, save_figure
 from results import markdown_table, percent
@@ -56,16 +58,18 @@ out_dir = "out-grid"
 grid = [{"name": "hrm"}]  # cells: a name, and settings of train.py
 tasks = [{"dataset": "problems"}]  # settings of data.py; a dataset that is not there is made
 seeds = [0, 1, 2]  # of training; all have the same data
-budget = "flops"  # what is the same for all runs: flops of training, tokens (padding included), or steps
-amount = 1e12  # so many of them; widths are the cells' own, so that they may have the same parameters, too
-points = 8  # validation losses of a run
+budget = 1e12  # of each run; widths are the cells' own, so that they may have the same parameters, too
+budget_unit = "flops"  # of training; or tokens (padding included), or steps
+points = 8  # of validation, at most, in a run
 curves = []  # cells in the picture of losses; []: all
 limit = 0  # questions per evaluation; 0: all, but at most 1,000
 jobs = 1  # runs at a time
 threads = 1  # CPU threads of a run, whatever else is at work, as another number changes results by rounding
-status = False  # train nothing
+status = False  # train nothing, and tell what there is
 settings = configure(globals())
 DEFAULTS = dict(train.settings)
+OWN = dict(epochs=0.0, init_from="scratch", sample_prompts=0, dataset="", seed=0, out_dir="out")
+OWN |= dict(max_iters=1, eval_interval=0)
 INTERRUPTED = "interrupted; the same command goes on with what is left"
 T_95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 2, 3, ... seeds, 10 and more
 stopping = []  # holds True from an interruption on
@@ -82,11 +86,13 @@ def check_settings():
             raise ValueError(f"{kind} must not be empty, and each {key} in it another: {', '.join(names)}")
     if not seeds or len({*seeds}) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"seeds are different whole numbers from 0 on, not {seeds}")
-    if budget not in ("flops", "tokens", "steps"):
-        raise ValueError(f"budget is flops, tokens or steps, not {budget}")
+    if budget_unit not in ("flops", "tokens", "steps"):
+        raise ValueError(f"budget_unit is flops, tokens or steps, not {budget_unit}")
+    if own := {key for cell in grid for key in cell} & OWN.keys():
+        raise ValueError(f"the grid sets {min(own)} itself, so no cell can")
     if unknown := {*curves} - {cell["name"] for cell in grid}:
         raise ValueError(f"curves has {min(unknown)}, which is no cell of grid")
-    for key, least in dict(amount=1, points=1, jobs=1, threads=1, limit=0).items():
+    for key, least in dict(budget=1, points=1, jobs=1, threads=1, limit=0).items():
         if not least <= settings[key] < math.inf:
             raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
 
@@ -104,7 +110,7 @@ def prepare_data(task, configs):
         if subprocess.run(command).returncode:  # it has said why
             sys.exit(f"grid.py: {directory} could not be prepared")
     made = read_meta(directory)["prepare_args"]
-    if differs := [f"{k} {made.get(k)!r}" for k, v in task.items() if k != "dataset" and made.get(k) != v]:
+    if differs := [f"{k} {made[k]!r}" for k, v in task.items() if made.get(k, v) != v]:
         raise ValueError(f"{directory} was made with {', '.join(differs)}; give the task's dataset another name")
     return read_meta(directory)["vocab_size"]
 
@@ -112,25 +118,27 @@ def prepare_data(task, configs):
 # ---- what the runs are ----
 def plan_runs(configs):
     """The runs in the order of seeds, tasks and cells, so that a grid which is stopped has all of some seeds. Makes
-    datasets that are not there. Raises ValueError for settings with which a run cannot be."""
-    n_ids = [prepare_data(task, configs) for task in tasks]
+    datasets that are not there. Raises ValueError for a cell that train.py would refuse before it reads its data."""
+    vocab_sizes = [prepare_data(task, configs) for task in tasks]
     runs = []
     for cell in grid:
         own = {key: value for key, value in cell.items() if key != "name"}
-        for task, n in zip(tasks, n_ids):
+        for task, vocab_size in zip(tasks, vocab_sizes):
             vars(train).update(DEFAULTS)
-            own |= {"dataset": task["dataset"]}
+            own |= OWN | {"dataset": task["dataset"]}
             shape = train.settings = configure(vars(train), [*configs, *flags(own)])
             with errors_name_file(f"the cell {cell['name']}", "cannot be trained"), torch.device("meta"):
+                train.device, train.dtype = choose_device(train.device, train.dtype)
                 train.check_settings()
-                model = HRM(HRMConfig(n, **{f.name: shape[f.name] for f in fields(HRMConfig) if f.name in shape}))
+                kept = {f.name: shape[f.name] for f in fields(HRMConfig) if f.name in shape}
+                model = HRM(HRMConfig(vocab_size, **kept))
                 flops = flops_by_step(model)
             own |= {"max_iters": len(flops), "eval_interval": -(-len(flops) // points)}
             for seed in seeds:
                 run = SimpleNamespace(cell=cell["name"], task=task["dataset"], seed=seed, flops=flops)
                 run.out = Path(out_dir, f"{run.cell}-{run.task}-{seed}")
-                run.args = [*configs, *flags(own | {"seed": seed, "out_dir": run.out, "sample_prompts": 0})]
-                run.settings = shape | own | {"seed": seed, "out_dir": str(run.out), "sample_prompts": 0}
+                last = {"seed": seed, "out_dir": str(run.out)}
+                run.args, run.settings = [*configs, *flags(own | last)], shape | own | last | {"limit": limit}
                 run.parameters = sum(p.numel() for p in model.parameters())
                 runs.append(run)
     return sorted(runs, key=lambda run: seeds.index(run.seed))
@@ -139,29 +147,20 @@ def plan_runs(configs):
 def flops_by_step(model):
     """The FLOP of a run's first step, of the first two, and so on to the last that the budget allows, for a model of
     train.py's present settings."""
-    per_step = train.batch_size * train.block_size
+    per_step, per_token = train.batch_size * train.block_size, cache(model.flops_per_token)
     train.bp_max = train.bp_max or min(5, model.config.n_steps)  # as train.setup() does
 
     def count(n):
         train.max_iters = n  # on which the schedule depends
-        return [*accumulate(per_step * model.flops_per_token(train.bp_steps_at(step)) for step in range(n))]
+        return [*accumulate(per_step * per_token(train.bp_steps_at(step)) for step in range(n))]
 
-    n = int(amount / {"flops": count(1)[0], "tokens": per_step, "steps": 1}[budget])  # the first step is the cheapest
-    if budget == "flops":
-        while n and (flops := count(n))[-1] > amount:
-            n = min(n - 1, int(n * amount / flops[-1]) + 1)
+    n = int(budget / {"flops": count(1)[0], "tokens": per_step, "steps": 1}[budget_unit])  # the first is the cheapest
+    if budget_unit == "flops":
+        while n and (flops := count(n))[-1] > budget:
+            n = min(n - 1, int(n * budget / flops[-1]) + 1)
     if n < 1:
-        raise ValueError(f"the budget of {amount:g} {budget} is less than a step")
+        raise ValueError(f"the budget of {budget:g} {budget_unit} is less than a step")
     return count(n)
-
-
-def check_same(run, before):
-    """Raise ValueError where a run has other settings than `before`, what a file says of it."""
-    with errors_name_file(run.out):
-        old = before["settings"]
-        keys = old.keys() & run.settings.keys() - {"out_dir", "init_from"}
-    if differs := [f"{k} {old[k]!r} and not {run.settings[k]!r}" for k in sorted(keys) if old[k] != run.settings[k]]:
-        raise ValueError(f"{run.out} was run with {', '.join(differs)}; choose another out_dir for this grid")
 
 
 # ---- doing them ----
@@ -180,12 +179,10 @@ def execute(run):
         if not any(entry["iter"] == len(run.flops) for entry in entries):
             raise ValueError(f"train.py was stopped before its last step, {len(run.flops):,}")
         call(run, said, "eval.py", *flags(how | dict(out_dir=run.out, limit=limit)))
-    steps, losses = ([entry for entry in entries if key in entry] for key in ("tokens_per_sec", "val_loss"))
-    tokens = [0, *(entry["tokens"] for entry in steps)]
-    seconds = sum((b - a) / entry["tokens_per_sec"] for a, b, entry in zip(tokens, tokens[1:], steps))
+    tokens, losses = max(entry.get("tokens", 0) for entry in entries), [e for e in entries if "val_loss" in e]
     heldout = read_json(run.out / "eval.json")["tasks"]["heldout"]
     line = dict(cell=run.cell, task=run.task, seed=run.seed, parameters=run.parameters, max_iters=len(run.flops))
-    line |= dict(flops=run.flops[-1], tokens=tokens[-1], seconds=round(seconds, 1), val_loss=losses[-1]["val_loss"])
+    line |= dict(flops=run.flops[-1], tokens=tokens, val_loss=losses[-1]["val_loss"])
     line |= dict(accuracy=heldout["accuracy"], questions=heldout["count"], settings=run.settings)
     return line | dict(losses=[[run.flops[entry["iter"] - 1], entry["val_loss"]] for entry in losses])
 
@@ -197,6 +194,8 @@ def call(run, said, script, *args):
     command = [sys.executable, Path(__file__).with_name(script), *args]
     how = dict(stdout=said, stderr=said, start_new_session=True)  # Ctrl-C is for this process alone
     run.process = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS=str(threads)), **how)
+    if stopping:  # since the question above
+        run.process.terminate()
     if run.process.wait():
         lines = Path(said.name).read_text(errors="replace").replace("\r", "\n").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no word")
@@ -223,15 +222,14 @@ def execute_all(runs, lines):
             scores = f"accuracy {percent(lines[-1]['accuracy'])}, validation loss {lines[-1]['val_loss']:.4f}"
             print(f"{n_done} of {len(runs)}: {run.out}: {scores}; {left} left", flush=True)
     except BaseException:  # Ctrl-C, or a full disk
-        stopping.append(True)
-        pool.shutdown(wait=False, cancel_futures=True)
-        print("waiting for checkpoints; Ctrl-C once more leaves that to the processes", flush=True)
-        processes = [run.process for run in runs if hasattr(run, "process")]
-        for process in processes:
-            process.terminate()  # train.py then finishes the step, and saves
-        for process in processes:
-            process.wait()
+        print("waiting for checkpoints", flush=True)
         raise
+    finally:
+        stopping.append(True)
+        for run in runs:
+            if hasattr(run, "process"):
+                run.process.terminate()  # train.py finishes the step, and saves; one that has ended is past that
+        pool.shutdown(cancel_futures=True)
     return n_failed
 
 
@@ -255,11 +253,11 @@ def write_table(found):
             row = [name, f"{lines[0]['parameters']:,}", f"{statistics.mean(line['tokens'] for line in lines):,.0f}"]
             row += [f"{lines[0]['flops']:.3e}", len(lines)]
             for key, form in ("accuracy", "{:.2%}"), ("val_loss", "{:.4f}"):
-                mean_half = mean_and_half([line[key] for line in lines])[: len(lines)]
+                mean_half = mean_and_half([line[key] for line in lines])[: len(lines)]  # of one seed the mean alone
                 row.append(" ± ".join(map(form.format, mean_half)))
             rows.append(row)
         text += f"{markdown_table(rows)}\n"
-    text += f"The same {budget} in training for all. Means over seeds, ± half of their 95% interval (Student's t).\n"
+    text += f"The same {budget_unit} in training. Means over seeds, ± half of their 95% interval (Student's t).\n"
     replace_file(Path(out_dir, "grid.md"), text.encode())
     print(text)
 
@@ -296,6 +294,7 @@ def draw(found):
 def main():
     configs, out = [arg for arg in sys.argv[1:] if not arg.startswith("--")], Path(out_dir)
     check_settings()
+    new_figure(1, 1, (1, 1))  # matplotlib may be missing, as is better known before hours of work
     out.mkdir(parents=True, exist_ok=True)
     runs, path = plan_runs(configs), out / "results.jsonl"
     with open(out / "lock", "wb") as file:
@@ -304,16 +303,20 @@ def main():
         with errors_name_file(path):
             lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             for line in lines:
-                check_types(line, cell=str, task=str, seed=int, flops=int, settings=dict, accuracy=float, losses=list)
+                check_types(line, cell=str, task=str, seed=int, settings=dict, accuracy=float, losses=list)
         done = {(line["cell"], line["task"], line["seed"]): line for line in lines}
         for run in runs:
-            line = done.get((run.cell, run.task, run.seed))
-            if line or (run.out / "run.json").exists():
-                check_same(run, line or read_json(run.out / "run.json"))
-        left, n_failed = [run for run in runs if (run.cell, run.task, run.seed) not in done], 0
-        print(f"{len(runs)} runs, of which {len(left)} are left to do", flush=True)
+            with errors_name_file(run.out):
+                line = done.get((run.cell, run.task, run.seed))
+                begun = line or (run.out / "run.json").exists() and read_json(run.out / "run.json")
+                old, new = begun["settings"] if begun else {}, run.settings
+                keys = sorted(old.keys() & new.keys() - {"out_dir", "init_from"})
+            if differs := [f"{k} {old[k]!r} and not {new[k]!r}" for k in keys if old[k] != new[k]]:
+                raise ValueError(f"{run.out} was run with {', '.join(differs)}; choose another out_dir for this grid")
+        remaining, n_failed = [run for run in runs if (run.cell, run.task, run.seed) not in done], 0
+        print(f"{len(runs)} runs, of which {len(remaining)} are left to do", flush=True)
         if not status:
-            n_failed = execute_all(left, lines)
+            n_failed = execute_all(remaining, lines)
         found = {}
         for line in lines:
             if line["seed"] in seeds:
@@ -322,7 +325,7 @@ def main():
         draw(found)
         print(f"written to {out}: grid.md, loss.svg, accuracy.svg")
         if n_failed:
-            sys.exit(f"grid.py: {n_failed} of {len(left)} runs failed; the same command tries them again")
+            sys.exit(f"grid.py: {n_failed} of {len(remaining)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":

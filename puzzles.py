@@ -3,8 +3,8 @@
     python data.py --dataset=add6 --source=addition:6     # 6-digit numbers -> data/add6
     mixture = [{"source": "permutations:4"}, {"source": "lists:3"}]     # in a config file: several at once
 
-A puzzle of your own is a function of a random.Random and a difficulty that returns (instruction, response), a line in
-PUZZLES, and the difficulties that it takes in DIFFICULTIES. Tasks of the reasoning-gym package are sources as well:
+A puzzle of your own is a function of a random.Random and a difficulty that returns (instruction, response), and a line
+in PUZZLES. Tasks of the reasoning-gym package are sources as well:
 --source=reasoning_gym:basic_arithmetic.
 """
 
@@ -63,9 +63,9 @@ def lists(rng, steps):
     return instruction, " ".join(items)
 
 
-def composition(rng, n):
-    """n arrangements of five things, and what all of them do to 12345: 31245 puts the third first, the first second,
-    and the others where they were. 120**n instances. Composition in this group is complete for the complexity class
+def permutations(rng, n):
+    """n arrangements of five things, and what all of them do to 12345: 31245 puts the third first, the first second
+    and the second third. 120**n instances. Composition in this group is complete for the complexity class
     NC1 (Barrington 1989), so no network of fixed depth is likely to do it for every n."""
     words, result = ["".join(rng.sample("12345", 5)) for _ in range(n)], "12345"
     for word in words:
@@ -74,7 +74,7 @@ def composition(rng, n):
 
 
 @cache
-def grids():
+def solved_sudokus():
     """The 288 solved 4x4 Sudokus, 16 digits each, and {(cell, digit): those that have it, as the bits of a number}."""
     found, bits = [""], {(cell, digit): 0 for cell in range(16) for digit in "1234"}
     for cell in range(16):
@@ -90,7 +90,7 @@ def grids():
 def sudoku4(rng, blanks):
     """A 4x4 Sudoku with so many blanks and one solution. What is held out are puzzles, of which 2 blanks make 34,560;
     their 288 solutions are in training, too."""
-    found, bits = grids()
+    found, bits = solved_sudokus()
     while True:
         grid, holes = rng.choice(found), {*rng.sample(range(16), blanks)}
         solutions = reduce(and_, (bits[cell, digit] for cell, digit in enumerate(grid) if cell not in holes))
@@ -99,21 +99,13 @@ def sudoku4(rng, blanks):
             return "sudoku " + " ".join(re.findall("....", puzzle)), " ".join(re.findall("....", grid))
 
 
-PUZZLES = {
-    "addition": partial(two_numbers, sign="+", operation=add),
-    "multiplication": partial(two_numbers, sign="*", operation=mul),
-    "arithmetic": arithmetic,
-    "lists": lists,
-    "permutations": composition,
-    "sudoku4": sudoku4,
-}
-DIFFICULTIES = {  # what it counts; the least, with over 4,000 instances; the most, which 1,024 bytes hold
-    "addition": ("digits", 2, 100),
-    "multiplication": ("digits", 2, 100),
-    "arithmetic": ("levels", 2, 10),
-    "lists": ("steps", 1, 100),
-    "permutations": ("permutations", 2, 100),
-    "sudoku4": ("blanks", 2, 12),
+PUZZLES = {  # the function; what its difficulty counts; the least, with over 4,000 instances; the most, for 1,024 bytes
+    "addition": (partial(two_numbers, sign="+", operation=add), "digits", 2, 100),
+    "multiplication": (partial(two_numbers, sign="*", operation=mul), "digits", 2, 100),
+    "arithmetic": (arithmetic, "levels", 2, 10),
+    "lists": (lists, "steps", 1, 100),
+    "permutations": (permutations, "permutations", 2, 100),
+    "sudoku4": (sudoku4, "blanks", 2, 12),
 }
 
 
@@ -130,10 +122,10 @@ def find_rows(source):
         return partial(puzzle_rows, source, gym_task(difficulty))
     if name not in PUZZLES:
         raise ValueError(f"there is no puzzle '{name}' for the source {source}, only {', '.join(PUZZLES)}")
-    what, least, most = DIFFICULTIES[name]
+    make, what, least, most = PUZZLES[name]
     if not (re.fullmatch("[0-9]{1,3}", difficulty) and least <= int(difficulty) <= most):
         raise ValueError(f"{name} has {least} to {most} {what}, as in --source={name}:{least}, not '{difficulty}'")
-    return partial(puzzle_rows, source, lambda rng: PUZZLES[name](rng, int(difficulty)))
+    return partial(puzzle_rows, source, lambda rng: make(rng, int(difficulty)))
 
 
 def puzzle_rows(source, make, split, n, seed):

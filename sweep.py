@@ -7,6 +7,7 @@ from pathlib import Path
 from common import errors_name_file, replace_file
 from plot import new_figure, save_figure
 from ranks import master, print0
+from results import markdown_table, percent
 
 KINDS = {"guidance": float, "H_cycles": int, "L_cycles": int, "kl_threshold": float}
 
@@ -27,15 +28,14 @@ def run_sweep(sweep, out_dir, evaluate):
         results[text] = evaluate(**{name: value, "out_dir": str(Path(out_dir, f"{name}={text}"))})
     if not master:  # the first rank alone has all results
         return
-    lines = [["task", *(f"{name} = {text}" for text in values)], ["---", *["---:"] * len(values)]]
+    rows = [["task", *(f"{name} = {text}" for text in values)]]
     for task in results[text]:
-        rows = [result[task] for result in results.values()]
-        lines.append([task, *(f"{row['accuracy']:.2%}" for row in rows)])
+        found = [result[task] for result in results.values()]
+        rows.append([task, *(percent(one["accuracy"]) for one in found)])
         if name == "kl_threshold":
-            lines.append([f"{task} depth", *(f"{depth(row):.2%}" for row in rows)])
-            lines.append([f"{task} tokens/s", *(f"{row['tokens_per_sec']:,}" for row in rows)])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    print0(table)
+            rows.append([f"{task} depth", *(percent(depth(one)) for one in found)])
+            rows.append([f"{task} tokens/s", *(f"{one['tokens_per_sec']:,}" for one in found)])
+    print0(table := markdown_table(rows))
     for file, text in ("sweep.md", table), ("sweep.json", json.dumps({name: results}, indent=1) + "\n"):
         path = Path(out_dir, file)
         with errors_name_file(path, "could not be written"):
@@ -45,9 +45,9 @@ def run_sweep(sweep, out_dir, evaluate):
         draw(results, Path(out_dir, "sweep.svg"))
 
 
-def depth(row):
+def depth(result):
     """The share of all H-cycles that an answer's tokens took, on average; a threshold of 0 spares none."""
-    return row["figures"].get("depth", [1.0])[0]
+    return result["figures"].get("depth", [1.0])[0]
 
 
 def draw(results, path):

@@ -1,7 +1,7 @@
 """
 GSM8K alone, on one GPU: a model of its size, which learns how such answers go and memorises more than it reasons.
 
-    python data.py config/gsm8k.py       # from the hub; offline, --source=DIR with train.jsonl and test.jsonl
+    python data.py config/gsm8k.py       # from the hub; offline, --source=DIR, which holds train.jsonl
     python train.py config/gsm8k.py
     python eval.py --out_dir=out-gsm8k --tasks=gsm8k
 """

@@ -11,7 +11,7 @@ from scripts import run
 
 from data import prepare
 from loader import document, open_split
-from puzzles import DIFFICULTIES, PUZZLES, find_rows
+from puzzles import PUZZLES, find_rows
 from scorers import same_answer
 from tokenizer import load_encoding
 
@@ -75,7 +75,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", PUZZLES)
 def test_answers_are_right_and_the_dial_makes_puzzles_longer(name):
-    _, least, most = DIFFICULTIES[name]
+    _, _, least, most = PUZZLES[name]
     work = []
     for difficulty in least, least + 1, least + 4, most:
         made = rows(f"{name}:{difficulty}", n=100)
@@ -95,7 +95,7 @@ def test_the_last_digit_of_a_negative_number():
 @pytest.mark.parametrize("name", PUZZLES)
 def test_no_instance_is_in_both_splits(name):
     """At the least difficulty, of which there are the fewest; nor is 34 + 12 in one if 12 + 34 is in the other."""
-    source = f"{name}:{DIFFICULTIES[name][1]}"
+    source = f"{name}:{PUZZLES[name][2]}"
     train, val = ({bag(row) for row in rows(source, split, 10_000)} for split in ("train", "val"))
     assert not train & val and len(val) > 200
     assert not train & {bag(row) for row in rows(source, "val", 1000, seed=1)}
@@ -103,7 +103,7 @@ def test_no_instance_is_in_both_splits(name):
 
 @pytest.mark.parametrize("name", PUZZLES)
 def test_seeds(name):
-    source = f"{name}:{DIFFICULTIES[name][1]}"
+    source = f"{name}:{PUZZLES[name][2]}"
     for split in "train", "val":
         assert rows(source, split, 20) == rows(source, split, 20) == rows(source, split, 30)[:20]
         assert rows(source, split, 20) != rows(source, split, 20, seed=1)
@@ -125,7 +125,7 @@ def test_as_a_source(tmp_path):
     meta = prepare(tmp_path / "add", source="addition:6", n_problems=50, n_val_problems=7)
     assert [meta["splits"][split]["documents"] for split in ("train", "val")] == [50, 7]
     assert meta["splits"]["val"]["conditions"] == {"direct": 7}
-    rules = [{"source": f"{name}:{DIFFICULTIES[name][1]}", "repeat": 2} for name in PUZZLES] + [{"source": "problems"}]
+    rules = [{"source": f"{name}:{PUZZLES[name][2]}", "repeat": 2} for name in PUZZLES] + [{"source": "problems"}]
     meta = prepare(tmp_path / "all", mixture=rules, n_problems=20, n_val_problems=5)
     assert meta["splits"]["train"]["documents"] == 20 * 7 and meta["files"][0]["name"] == "addition:2/train addition:2"
     encoding, split = load_encoding(tmp_path / "all"), open_split(tmp_path / "all", "val")

@@ -4,7 +4,7 @@ The paper's questions on a laptop: how much is the recurrence, how much the obje
     python grid.py config/grid/laptop.py        # 72 runs, under 3 hours on 2 cores; resumable at any moment
 
 All cells have the demo's width and blocks and the same training FLOP, so a Transformer, which applies its blocks once,
-sees more than twice the tokens of an HRM. TRM, whose stacks share their weights, has half of those in blocks.
+sees more than twice the tokens of an HRM. TRM, whose stacks share their weights, has half of the weights in blocks.
 """
 
 # grid.py
@@ -35,13 +35,12 @@ tasks = [
     dict(dataset="lists3", source="lists:3", **_made),  # three operations on six digits, without
 ]
 seeds = [0, 1, 2]
-budget = "flops"
-amount = 8e12  # 3.2 million tokens of HRM, 8.4 million of the Transformer
+budget = 8e12  # FLOP: 3.2 million tokens of HRM, 8.5 million of the Transformer
 points = 6
 jobs = 2
 threads = 1
 
-# train.py, for all cells: config/demo.py's
+# train.py, for all cells: config/demo.py's, but for bp_max
 device = "cpu"
 batch_size = 2
 block_size = 1024
