@@ -20,9 +20,9 @@ picture = ""  # an .svg, .png or .pdf file; "": loss.svg in the first of out_dir
 settings = configure(globals())
 # ----------------------------------------------------------------------------------------------------
 PANELS = {"loss per target": ("loss", "val_loss"), "token accuracy": ("accuracy", "val_accuracy")}
-PANELS |= {"norm of gradient, of weights (dots)": ("grad_norm", "weight_norm"), "learning rate": ("lr",)}
+PANELS |= {"norms of gradient, weights (--)": ("grad_norm", "weight_norm"), "learning rate": ("lr",)}
 PANELS |= {"bp_steps": ("bp_steps",), "tokens/s": ("tokens_per_sec",)}
-LOGARITHMIC = "loss per target", "norm of gradient, of weights (dots)"
+LOGARITHMIC = "loss per target", "norms of gradient, weights (--)"
 MAX_POINTS = 400  # of a line, as an .svg holds them all
 
 
@@ -43,7 +43,7 @@ def save_figure(figure, path):
 
 def draw(directories, path):
     """Draw what the directories' log.jsonl tell: a colour per run; training as lines, validation with the averaged
-    weights, and norms of weights, as dots. Raises ValueError or OSError."""
+    weights, and norms of weights, as dots and dashes. Raises ValueError or OSError."""
     figure, panels = new_figure(2, 3, (10, 5))
     for number, directory in enumerate(directories):
         log = Path(directory, "log.jsonl")
