@@ -19,7 +19,7 @@ from tempfile import NamedTemporaryFile
 
 ROOT = Path(__file__).parents[1]
 TINY = "--n_layer=2 --n_embd=32 --block_size=256 --batch_size=4 --warmup_iters=5".split()
-TINY += "--device=cpu --dtype=float32 --compile=False".split()
+TINY += "--device=cpu --dtype=float32 --compile=False --sample_prompts=0".split()
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -30,8 +30,9 @@ def averages(out):
 
 
 def test_schedules_and_log(workplace):
-    args = [*TINY, "--max_iters=50", "--log_interval=1", "--warmup_iters=9", "--decay=0.2"]
-    run(workplace, "train.py", *args, PLOTS="1")
+    args = [*TINY, "--max_iters=50", "--log_interval=1", "--warmup_iters=9", "--decay=0.2", "--sample_prompts=2"]
+    said = run(workplace, "train.py", *args, PLOTS="1").stdout
+    assert said.count("? -> ") + said.count(". -> ") == 2  # instructions of val, and the model's answers
     lr, bp_steps = read_log(workplace / "out", "lr"), read_log(workplace / "out", "bp_steps")
     assert lr[1] == pytest.approx(1e-4) and lr[10] == lr[40] == pytest.approx(1e-3) and lr[46] == pytest.approx(5e-4)
     assert [bp_steps[i] for i in (1, 4, 5, 7, 8, 10, 11, 50)] == [2, 2, 3, 3, 4, 4, 5, 5]
