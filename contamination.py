@@ -70,8 +70,8 @@ class Grams(NamedTuple):
 
 def make_grams(ids, ends, n):
     """The Grams of questions that end at `ends` in `ids` (at least n more ids follow the last). A hash is the sum of
-    the tokens times BASE^0, BASE^1, ... modulo 2^64. If two n-grams that differ had the same, one would be missed, for
-    which the odds are 1 to 10^5 with ten million n-grams."""
+    the tokens times BASE^0, BASE^1, ... modulo 2^64. If two n-grams that differ had the same, one would be taken for
+    the other; with ten million of them, the odds are 1 to 10^5."""
     places = np.flatnonzero(np.arange(ends[-1]) + n <= np.repeat(ends, np.diff(ends, prepend=0)))
     hashes = np.zeros(len(places), np.uint64)
     for k in reversed(range(n)):
@@ -226,7 +226,7 @@ def main():
         check_file(directory, file, meta)
     tokens, ends, _ = open_split(directory, "train")
     file_ends = accumulate(file["train"]["documents"] for file in meta["files"])
-    files = [*zip((file["name"] for file in meta["files"]), file_ends)]
+    files = [*zip((file["name"] or "train.bin" for file in meta["files"]), file_ends)]  # "": from before mixtures
     answered = read_generations(answers) if answers else dict.fromkeys(chosen)
     if lacking := [name for name in chosen if name not in answered]:
         raise ValueError(f"{answers} has no generations-{lacking[0]}.jsonl: run eval.py with --save_generations=True")

@@ -47,7 +47,6 @@ from common import (
     read_json,
     replace_file,
 )
-from devices import choose_device
 from model import HRM, HRMConfig
 from plot import new_figure, save_figure
 from results import markdown_table, percent
@@ -68,11 +67,11 @@ threads = 1  # CPU threads of a run, whatever else is at work, as another number
 status = False  # train nothing, and tell what there is
 settings = configure(globals())
 DEFAULTS = dict(train.settings)
-OWN = dict(epochs=0.0, init_from="scratch", sample_prompts=0, dataset="", seed=0, out_dir="out")
-OWN |= dict(max_iters=1, eval_interval=0)
+SET_BY_GRID = dict(epochs=0.0, init_from="scratch", sample_prompts=0)  # and, for each run another,
+SET_BY_GRID |= dict(dataset="", seed=0, out_dir="out", max_iters=1, eval_interval=0)
 INTERRUPTED = "interrupted; the same command goes on with what is left"
 T_95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 2, 3, ... seeds, 10 and more
-stopping = []  # holds True from an interruption on
+stopping = []  # holds True once no more processes may start
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +87,8 @@ def check_settings():
         raise ValueError(f"seeds are different whole numbers from 0 on, not {seeds}")
     if budget_unit not in ("flops", "tokens", "steps"):
         raise ValueError(f"budget_unit is flops, tokens or steps, not {budget_unit}")
-    if own := {key for cell in grid for key in cell} & OWN.keys():
-        raise ValueError(f"the grid sets {min(own)} itself, so no cell can")
+    if wrong := {key for cell in grid for key in cell} & SET_BY_GRID.keys():
+        raise ValueError(f"the grid sets {min(wrong)} itself, so no cell can")
     if unknown := {*curves} - {cell["name"] for cell in grid}:
         raise ValueError(f"curves has {min(unknown)}, which is no cell of grid")
     for key, least in dict(budget=1, points=1, jobs=1, threads=1, limit=0).items():
@@ -110,7 +109,8 @@ def prepare_data(task, configs):
         if subprocess.run(command).returncode:  # it has said why
             sys.exit(f"grid.py: {directory} could not be prepared")
     made = read_meta(directory)["prepare_args"]
-    if differs := [f"{k} {made[k]!r}" for k, v in task.items() if made.get(k, v) != v]:
+    want = {key: value for key, value in task.items() if key not in ("dataset", "workers")}
+    if differs := [f"{key} {made.get(key)!r}" for key, value in want.items() if made.get(key) != value]:
         raise ValueError(f"{directory} was made with {', '.join(differs)}; give the task's dataset another name")
     return read_meta(directory)["vocab_size"]
 
@@ -125,10 +125,10 @@ def plan_runs(configs):
         own = {key: value for key, value in cell.items() if key != "name"}
         for task, vocab_size in zip(tasks, vocab_sizes):
             vars(train).update(DEFAULTS)
-            own |= OWN | {"dataset": task["dataset"]}
+            own |= SET_BY_GRID | {"dataset": task["dataset"]}
             shape = train.settings = configure(vars(train), [*configs, *flags(own)])
             with errors_name_file(f"the cell {cell['name']}", "cannot be trained"), torch.device("meta"):
-                train.device, train.dtype = choose_device(train.device, train.dtype)
+                train.device = train.device.replace("auto", "cuda")  # whether attention fits a GPU is left to the run
                 train.check_settings()
                 kept = {f.name: shape[f.name] for f in fields(HRMConfig) if f.name in shape}
                 model = HRM(HRMConfig(vocab_size, **kept))
@@ -176,10 +176,11 @@ def execute(run):
         how = {key: run.settings[key] for key in ("device", "dtype")}
         call(run, said, "train.py", *run.args, *resume)
         entries = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-        if not any(entry["iter"] == len(run.flops) for entry in entries):
-            raise ValueError(f"train.py was stopped before its last step, {len(run.flops):,}")
+        losses = [entry for entry in entries if entry.get("val_loss") is not None]  # None: not finite
+        if not losses or losses[-1]["iter"] < len(run.flops):
+            raise ValueError(f"no validation loss after the last step, {len(run.flops):,}, is in {run.out}/log.jsonl")
         call(run, said, "eval.py", *flags(how | dict(out_dir=run.out, limit=limit)))
-    tokens, losses = max(entry.get("tokens", 0) for entry in entries), [e for e in entries if "val_loss" in e]
+    tokens = max(entry.get("tokens", 0) for entry in entries)
     heldout = read_json(run.out / "eval.json")["tasks"]["heldout"]
     line = dict(cell=run.cell, task=run.task, seed=run.seed, parameters=run.parameters, max_iters=len(run.flops))
     line |= dict(flops=run.flops[-1], tokens=tokens, val_loss=losses[-1]["val_loss"])
@@ -204,7 +205,7 @@ def call(run, said, script, *args):
 
 def execute_all(runs, lines):
     """Execute the runs, several at a time, and append their lines to `lines` and results.jsonl as they are complete.
-    Returns how many have failed."""
+    Returns how many have failed. At its end, however it comes, no process is left."""
     begin, n_failed, pool = time.monotonic(), 0, ThreadPoolExecutor(jobs)
     try:
         futures = {pool.submit(execute, run): run for run in runs}

@@ -43,7 +43,7 @@ def save_figure(figure, path):
 
 def draw(directories, path):
     """Draw what the directories' log.jsonl tell: a colour per run; training as lines, validation with the averaged
-    weights, and norms of weights, as dots and dashes. Raises ValueError or OSError."""
+    weights, and norms of weights, as dashes. Raises ValueError or OSError."""
     figure, panels = new_figure(2, 3, (10, 5))
     for number, directory in enumerate(directories):
         log = Path(directory, "log.jsonl")
@@ -51,7 +51,7 @@ def draw(directories, path):
         with errors_name_file(log):
             entries = [json.loads(line) for line in lines]
             for axes, (title, keys) in zip(panels.flat, PANELS.items()):
-                for key, style in zip(keys, ("-", "o--")):
+                for key, style in zip(keys, ("-", "--" if "weight_norm" in keys else "o--")):
                     points = [(entry["iter"], entry[key]) for entry in entries if entry.get(key) is not None]
                     label = (str(directory) if key == "loss" else "") if len(directories) > 1 else key
                     options = dict(color=f"C{number}", markersize=3, linewidth=1, label=label or None)

@@ -35,7 +35,7 @@ def command(script, *args, ranks=1, restarts=0):
 def run(cwd, script, *args, ranks=1, restarts=0, ok=True, **env):
     """
     Run a script to its end. It must succeed, or fail if `ok` is False, or either if None. `env` is added to the
-    environment, but too late for what Python and torch read when they start; PLOTS="1" lets it find matplotlib. Two
+    environment, but too late for what Python and torch read when they start; PLOTS="1" lets a fork find matplotlib. Two
     ranks do without torchrun, unless they are to fail or to start again.
     """
     start = command(script, *args, ranks=ranks, restarts=restarts)
@@ -59,6 +59,7 @@ def two_ranks(start, places, env):
     """What subprocess.run would return for torchrun; each rank has its own directory to run in."""
     env = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     envs = ({**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    servers()  # made once, before two ask at a time
     with ThreadPoolExecutor(2) as pool:
         both = [*pool.map(forked, (start, start), places, envs)]
     stdout, stderr = ("".join(texts) for texts in zip(*((done.stdout, done.stderr) for done in both)))

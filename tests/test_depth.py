@@ -89,7 +89,10 @@ def rows():
     return [torch.cat(tensors) for tensors in zip(*docs)]
 
 
-@pytest.mark.parametrize("shape", [{}, dict(H_cycles=3, L_cycles=1, n_layer=2), dict(prefix_lm=False)])
+SHAPES = [{}, dict(H_cycles=3, L_cycles=1, n_layer=2), dict(recurrence="trm", prefix_lm=False)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_states_of_the_steps(shape, rows):
     """The last is the model's own prediction; earlier ones are those of the plain model, cut short."""
     model = tiny_model(**shape)

@@ -530,7 +530,7 @@ def mutate_command(place, draw):
 
 
 def use_command(place, *argv):
-    done = run(place, *argv, ok=None, SECONDS=str(SECONDS), MEMORY=str(BYTES_OF_MEMORY))
+    done = run(place, *argv, ok=None, PLOTS="1", SECONDS=str(SECONDS), MEMORY=str(BYTES_OF_MEMORY))
     said = done.stderr.replace("\r", "\n").splitlines() or [""]
     assert "Traceback" not in done.stdout + done.stderr and "panicked" not in done.stderr, done.stderr
     assert done.returncode in (0, 1), (done.returncode, done.stderr)

@@ -60,12 +60,13 @@ def start(workplace, monkeypatch, capsys):
     start.call = lambda *args: run(workplace, *args, ok=None)
     monkeypatch.setattr(grid, "call", call)
     yield start
+    grid.stopping.clear()
     vars(grid).update(DEFAULTS)
     vars(train).update(grid.DEFAULTS)
 
 
 def results(place):
-    """What results.jsonl says, but for the time that it took and where it was."""
+    """What results.jsonl says, but for the settings, which say where it was."""
     lines = [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in line.items() if k != "settings"} for line in lines]
     return sorted(kept, key=lambda line: (line["cell"], line["task"], line["seed"]))
@@ -112,6 +113,8 @@ def test_what_was_run_with_other_settings_is_not_mixed_in(start, workplace):
             start(budget=1.0, budget_unit="steps", grid=[dict(name="a", learning_rate=0.002)], seeds=seeds)
     with pytest.raises(ValueError, match="data/problems was made with n_problems 300; give the task's dataset another"):
         start(tasks=[dict(dataset="problems", n_problems=301)])
+    with pytest.raises(ValueError, match="a-problems-0 was run with limit 1 and not 2"):
+        start(budget=1.0, budget_unit="steps", grid=[dict(name="a")], limit=2)
 
 
 @pytest.mark.parametrize("unit, budget", [("flops", 1e9), ("flops", 7.7e10), ("tokens", 5000.0), ("steps", 7.0)])
