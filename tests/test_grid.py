@@ -135,6 +135,19 @@ def test_a_run_takes_no_more_than_the_budget_and_no_step_less(start, monkeypatch
         assert plan.parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_the_grids_that_are_shipped_can_be_planned(start, monkeypatch):
+    """Twelve cells, three tasks, three seeds, within the same budget, in the order of seeds."""
+    monkeypatch.setattr(grid, "prepare_data", lambda task, configs: 263)
+    configs = [str(ROOT / "config" / "grid" / name) for name in ("laptop.py", "gpu.py")]
+    vars(grid).update(DEFAULTS)
+    grid.settings = configure(vars(grid), configs)
+    grid.check_settings()
+    runs = grid.plan_runs(configs)
+    assert len({(run.cell, run.task, run.seed) for run in runs}) == 108
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert all(0.99 * grid.budget < run.flops[-1] <= grid.budget for run in runs)
+
+
 WRONG = {
     "grid=[]": "grid must not be empty",
     "grid=[{}]": "grid is a list of dicts with a name of letters, digits and -_.+=, not None",
