@@ -7,7 +7,7 @@ The config file holds a grid's settings, and those of train.py and data.py that 
 task and a seed: a process of train.py, then one of eval.py on held-out documents. In out_dir are
 
     results.jsonl                    a line for each run that is complete
-    grid.md                          means over the seeds, with their 95% intervals, per task and cell
+    grid.md                          means over seeds with 95% intervals, per task and cell; differences of cells
     loss.svg, accuracy.svg           validation loss (that of responses) against training FLOP; accuracies
     <cell>-<task>-<seed>/ and .txt   a run, and what its processes say
 
@@ -54,7 +54,7 @@ from tokenizer import read_meta
 
 # ---- settings ----
 out_dir = "out-grid"
-grid = [{"name": "hrm"}]  # cells: a name, and settings of train.py
+grid = [{"name": "hrm"}]  # cells: a name, settings of train.py, and which cell it is held `against` (else the first)
 tasks = [{"dataset": "problems"}]  # settings of data.py; a dataset that is not there is made
 seeds = [0, 1, 2]  # of training; all have the same data
 budget = 1e12  # of each run; widths are the cells' own, so that they may have the same parameters, too
@@ -89,8 +89,8 @@ def check_settings():
         raise ValueError(f"budget_unit is flops, tokens or steps, not {budget_unit}")
     if wrong := {key for cell in grid for key in cell} & SET_BY_GRID.keys():
         raise ValueError(f"the grid sets {min(wrong)} itself, so no cell can")
-    if unknown := {*curves} - {cell["name"] for cell in grid}:
-        raise ValueError(f"curves has {min(unknown)}, which is no cell of grid")
+    if unknown := {*curves, *(cell["against"] for cell in grid if "against" in cell)} - {cell["name"] for cell in grid}:
+        raise ValueError(f"curves or against has {min(unknown)}, which is no cell of grid")
     for key, least in dict(budget=1, points=1, jobs=1, threads=1, limit=0).items():
         if not least <= settings[key] < math.inf:
             raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
@@ -122,7 +122,7 @@ def plan_runs(configs):
     vocab_sizes = [prepare_data(task, configs) for task in tasks]
     runs = []
     for cell in grid:
-        own = {key: value for key, value in cell.items() if key != "name"}
+        own = {key: value for key, value in cell.items() if key not in ("name", "against")}
         for task, vocab_size in zip(tasks, vocab_sizes):
             vars(train).update(DEFAULTS)
             own |= SET_BY_GRID | {"dataset": task["dataset"]}
@@ -242,6 +242,19 @@ def mean_and_half(values):
     return statistics.mean(values), T_95[min(n, len(T_95) + 1) - 2] * statistics.stdev(values) / n**0.5
 
 
+def differences(found):
+    """Rows of a table: how each cell differs from the one that it is held against, over all tasks and seeds."""
+    rows = [("cell", "against", "pairs", "accuracy, points", "validation loss, times")]
+    for name, base in ((cell["name"], cell.get("against", grid[0]["name"])) for cell in grid[1:]):
+        lines = [[found.get((task["dataset"], cell), ()) for cell in (name, base)] for task in tasks]
+        if pairs := [(a, b) for mine, theirs in lines for a in mine for b in theirs if a["seed"] == b["seed"]]:
+            points, half = mean_and_half([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
+            log, half_log = mean_and_half([math.log(a["val_loss"] / b["val_loss"]) for a, b in pairs])
+            times = "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, (log, log - half_log, log + half_log)))
+            rows.append((name, base, len(pairs), f"{points:+.1f} ± {half:.1f}", times))
+    return rows
+
+
 def write_table(found):
     """Write and print grid.md, from {(task, cell): lines}."""
     text = ""
@@ -258,7 +271,8 @@ def write_table(found):
                 row.append(" ± ".join(map(form.format, mean_half)))
             rows.append(row)
         text += f"{markdown_table(rows)}\n"
-    text += f"The same {budget_unit} in training. Means over seeds, ± half of their 95% interval (Student's t).\n"
+    text += f"{markdown_table(differences(found))}\nThe same {budget_unit} in training. Means over seeds, or over "
+    text += "pairs of the same task and seed, with ± half of their 95% interval (Student's t), or that interval.\n"
     replace_file(Path(out_dir, "grid.md"), text.encode())
     print(text)
 

@@ -162,7 +162,8 @@ WRONG = {
     "budget_unit='time'": "budget_unit is flops, tokens or steps, not time",
     "budget=1e3": "the budget of 1000 flops is less than a step",
     "budget=float('nan')": "budget must be at least 1, not nan",
-    "curves=['x']": "curves has x, which is no cell of grid",
+    "curves=['x']": "curves or against has x, which is no cell of grid",
+    "grid=[dict(name='a',against='b')]": "curves or against has b, which is no cell of grid",
     "jobs=0": "jobs must be at least 1, not 0",
 }
 
@@ -187,6 +188,18 @@ def test_intervals():
     assert mean == 3 and half == pytest.approx(4.303 * (7 / 3) ** 0.5)
     assert grid.mean_and_half([0.25]) == (0.25, 0.0)
     assert grid.mean_and_half([0.0, 1.0] * 10)[1] == pytest.approx(2.262 * (0.25 * 20 / 19) ** 0.5 / 20**0.5)
+
+
+def test_differences_are_over_pairs_of_the_same_task_and_seed(monkeypatch):
+    monkeypatch.setattr(grid, "grid", [dict(name="a"), dict(name="b"), dict(name="c", against="b"), dict(name="d")])
+    monkeypatch.setattr(grid, "tasks", [dict(dataset="x"), dict(dataset="y")])
+    lines = {("x", "a"): [(0, 0.5, 1.0), (1, 0.25, 2.0)], ("y", "a"): [(0, 0.5, 1.0)], ("x", "c"): [(1, 0.5, 6.0)]}
+    lines |= {("x", "b"): [(2, 0.0, 9.0), (1, 0.5, 1.0), (0, 0.5, 1.0)], ("y", "b"): [(0, 0.0, 8.0)]}
+    keys = "seed", "accuracy", "val_loss"
+    rows = grid.differences({at: [dict(zip(keys, line)) for line in some] for at, some in lines.items()})
+    half = 4.303 * (((25 - -25 / 3) ** 2 + (25 / 3) ** 2 + (50 - 25 / 3) ** 2) / 2) ** 0.5 / 3**0.5
+    assert rows[1][:4] == ("b", "a", 3, f"-8.3 ± {half:.1f}") and rows[1][4].startswith("1.59 (")  # 4 ** (1/3)
+    assert rows[2] == ("c", "b", 1, "+0.0 ± 0.0", "6.00 (6.00 to 6.00)") and len(rows) == 3
 
 
 def test_a_killed_grid_of_processes(tmp_path, problems_dir, pytestconfig):

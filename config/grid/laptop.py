@@ -11,18 +11,19 @@ sees more than twice the tokens of an HRM. TRM, whose stacks share their weights
 out_dir = "out-grid-laptop"
 _credit = dict(bp_min=8, bp_max=8)  # full backpropagation: H_cycles * (L_cycles + 1) steps
 _causal = dict(prefix_lm=False)
+_transformer = dict(recurrence="transformer")
 grid = [
     # recurrence: response-only, PrefixLM
     dict(name="hrm"),  # credit rises from K = 2 to 5
     dict(name="trm", recurrence="trm"),
     dict(name="looped", recurrence="looped", **_credit),
     dict(name="rins", recurrence="rins", **_credit),
-    dict(name="transformer", recurrence="transformer"),
+    dict(name="transformer", **_transformer),
     # objective and mask
     dict(name="hrm-causal", **_causal),
-    dict(name="hrm-causal-all", loss_on="all", **_causal),
-    dict(name="transformer-causal", recurrence="transformer", **_causal),
-    dict(name="transformer-causal-all", recurrence="transformer", loss_on="all", **_causal),
+    dict(name="hrm-causal-all", against="hrm-causal", loss_on="all", **_causal),
+    dict(name="transformer-causal", against="transformer", **_transformer, **_causal),
+    dict(name="transformer-causal-all", against="transformer-causal", **_transformer, loss_on="all", **_causal),
     # credit assignment
     dict(name="hrm-K2", bp_max=2),
     dict(name="hrm-K5", bp_min=5),
