@@ -103,7 +103,9 @@ def read_checkpoint(path):
         for key, value in ckpt["settings"].items():
             if not all(isinstance(x, PLAIN) for x in (value if isinstance(value, (tuple, list)) else [value])):
                 raise ValueError(f"the setting {key} is no plain value")
-        shapes = weight_shapes(HRMConfig(**ckpt["config"]), len(ckpt["model"]))
+        with errors_name_file(path, "is of a model that cannot be here"):
+            config = HRMConfig(**ckpt["config"])
+        shapes = weight_shapes(config, len(ckpt["model"]))
         states, [group] = ckpt["optimizer"]["state"], ckpt["optimizer"]["param_groups"]
         if not sorted(states) == group["params"] == [*range(len(shapes) - 1)]:
             raise ValueError("its optimizer is of other weights")
@@ -231,7 +233,7 @@ class RunFiles:
         """Raise ValueError if the directory holds what a new run would overwrite."""
         names = "ckpt.pt", "run.json", "log.jsonl", "meta.json", "config.json"
         if held := [name for name in names if (self.directory / name).exists()]:
-            advice = "--init_from=resume continues it, --out_dir=NAME starts elsewhere"
+            advice = "--init_from=resume continues it (anew if it has no checkpoint), --out_dir=NAME starts elsewhere"
             raise ValueError(f"{self.directory} holds another run already ({', '.join(held)}): {advice}")
 
     def start_wandb(self, project, id, settings):

@@ -76,6 +76,7 @@ def configure(settings, argv=None):
         for key, value in values.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = "another script has it, and config files may." if key in everyones else hint
                 hint = f"did you mean '{near[0]}'?" if near else hint
                 sys.exit(f"{arg}: there is no setting '{key}'; {hint}")
             default = defaults.get(key)

@@ -46,7 +46,7 @@ from workers import in_order
 
 # ---- settings ----
 dataset = "problems"  # the name of what is made: data/<dataset>
-source = "problems"  # or addition:6 (see puzzles.py), a hub id, a .jsonl, .json or .parquet file, or a directory
+source = ""  # addition:6 (see puzzles.py), a hub id, a .jsonl, .json or .parquet file, a directory, or problems
 source_config = ""  # the hub dataset's configuration
 split = "train"  # of the source; "": all files of a directory, or of a repository on the hub
 val_split = ""  # of the source; "": val_fraction of the documents of split
@@ -83,6 +83,7 @@ def prepare(directory, **changes):
     recorded. It replaces a dataset, and nothing else. Returns the content of meta.json.
     Raises ValueError or OSError."""
     directory, o = Path(directory), SimpleNamespace(**{**settings, **changes})
+    o.source = o.source or "problems"
     if vars(o).keys() != settings.keys():
         raise TypeError(f"there is no setting {min(changes.keys() - settings.keys())}")
     finish_rename(directory)
@@ -321,10 +322,12 @@ def report(directory, meta):
 if __name__ == "__main__":
     directory = Path("data", dataset)
     with exit_on_error(f"interrupted; {directory} is as it was; the same command goes on after the last whole file"):
-        if dataset == "problems" and (source != "problems" or mixture):
+        if dataset == "problems" and (source not in ("", "problems") or mixture):
             raise ValueError(f"give {'a mixture' if mixture else 'the data of ' + source} a name of its own: --dataset")
         if directory.parent != Path("data") or dataset == "..":
             raise ValueError(f"dataset is the name of a directory in data/, not a path: '{dataset}'")
+        if dataset != "problems" and not (source or mixture or inspect):
+            raise ValueError(f"--source tells what data/{dataset} is made of (--help lists what it can be)")
         if inspect:
             from look import show  # which needs torch
 

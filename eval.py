@@ -72,6 +72,8 @@ settings = configure(globals())
 # Settings that change no answer, or that a file of answers names in another form.
 NO_MATTER = "out_dir init_from tasks data_dir limit condition samples batch_size max_new_tokens cache_gb".split()
 NO_MATTER += "save_generations compare sweep device dtype compile".split()
+SAID = "tasks limit condition mcq samples max_new_tokens average H_cycles L_cycles guidance kl_threshold".split()
+BY_DEFAULT = "", "0", "0.0", "token", "True"  # of SAID, which eval.md tells where they are others
 INTERRUPTED = "interrupted; the same command goes on with what is left"
 # ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +158,8 @@ def main(keep=False):
     if n_answers < n_asked:
         ranks.shutdown(INTERRUPTED * ranks.master)
     if ranks.master:
-        about = f"{init_from or out_dir}, `--tasks={tasks}`"
+        how = (f"--{key}={settings[key]}" for key in SAID if str(settings[key]) not in BY_DEFAULT)
+        about = f"{init_from or out_dir}, `{' '.join(how)}`"
         content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
         for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
             with errors_name_file(path := Path(out_dir, name), "could not be written"):

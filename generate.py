@@ -385,14 +385,14 @@ def all_tensors(weights):
 def decode_block(x, w, cos, sin, eps, post_norm, k_cache, v_cache, slots, pos, mask):
     """A block on one new token per slot: x (n_slots, 1, n_embd); caches (n_slots, n_head, max_len + 1, head_dim); mask
     a BlockMask, or (n_slots, 1, 1, length), to be added to the scores."""
-    g, q, k, v = project_gqkv(x, w.gqkv_proj, cos, sin, eps, post_norm, linear)
+    g, q, k, v = project_gqkv(x, w.gqkv_proj, cos, sin, eps, post_norm, linear=linear)
     k_cache[slots, :, pos], v_cache[slots, :, pos] = k[:, 0], v[:, 0]
     q = q.transpose(1, 2)
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k_cache, v_cache, block_mask=mask, scale=1.0).transpose(1, 2)  # it splits long keys
     else:
         y = cached_attention(q, *(cache[:, :, : mask.size(-1)] for cache in (k_cache, v_cache)), mask)
-    return output_and_mlp(x, g, y, *w[1:], eps, post_norm, linear)
+    return output_and_mlp(x, g, y, *w[1:], eps, post_norm, linear=linear)
 
 
 # Two loops that Inductor makes fast on a CPU, where torch's kernels for one row and for one query are not.

@@ -55,7 +55,7 @@ from tokenizer import read_meta
 # ---- settings ----
 out_dir = "out-grid"
 grid = [{"name": "hrm"}]  # cells: a name, settings of train.py, and which cell it is held `against` (else the first)
-tasks = [{"dataset": "problems"}]  # settings of data.py; a dataset that is not there is made
+tasks = [{"dataset": "problems"}]  # settings of data.py, for a dataset that is not there
 seeds = [0, 1, 2]  # of training; all have the same data
 budget = 1e12  # of each run; widths are the cells' own, so that they may have the same parameters, too
 budget_unit = "flops"  # of training; or tokens (padding included), or steps
@@ -250,8 +250,11 @@ def differences(found):
         if pairs := [(a, b) for mine, theirs in lines for a in mine for b in theirs if a["seed"] == b["seed"]]:
             points, half = mean_and_half([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
             log, half_log = mean_and_half([math.log(a["val_loss"] / b["val_loss"]) for a, b in pairs])
-            times = "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, (log, log - half_log, log + half_log)))
-            rows.append((name, base, len(pairs), f"{points:+.1f} ± {half:.1f}", times))
+            cells = [f"{points:+.1f}", f"{math.exp(log):.2f}"]
+            if len(pairs) > 1:  # one alone has no interval
+                cells[0] += f" ± {half:.1f}"
+                cells[1] += f" ({math.exp(log - half_log):.2f} to {math.exp(log + half_log):.2f})"
+            rows.append((name, base, len(pairs), *cells))
     return rows
 
 
@@ -309,6 +312,8 @@ def draw(found):
 def main():
     configs, out = [arg for arg in sys.argv[1:] if not arg.startswith("--")], Path(out_dir)
     check_settings()
+    if status and not out.exists():
+        raise ValueError(f"there is no grid in {out}")
     new_figure(1, 1, (1, 1))  # matplotlib may be missing, as is better known before hours of work
     out.mkdir(parents=True, exist_ok=True)
     runs, path = plan_runs(configs), out / "results.jsonl"

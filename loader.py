@@ -138,13 +138,12 @@ class Loader:
         self.state = state or {"epoch": 0, "cursor": 0, "waiting": [], **self.plan}
         with errors_name_file("the loader's state"):
             check_types(self.state, epoch=int, cursor=int, waiting=list, seed=int, documents=int, checksum=str)
-            for key in "seed", "documents", "checksum", "rules":
-                if (old := self.state.get(key)) != (value := self.plan.get(key)):
-                    change = f"{key} is {value}, in the loader's state {old}"
-                    raise ValueError(f"{directory} gives another plan than the run had: {change}")
-            beyond = self.state["cursor"] >= n_drawn
-            if beyond or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):
-                raise ValueError(f"{directory} has no such place in it")
+        for key in "seed", "documents", "checksum", "rules":
+            if (old := self.state.get(key)) != (value := self.plan.get(key)):
+                raise ValueError(f"{directory} is not the data that the run had: {key} is {value}, and was {old}")
+        beyond = self.state["cursor"] >= n_drawn
+        if beyond or any(type(d) is not int or not 0 <= d < len(self.ends) for d in self.state["waiting"]):
+            raise ValueError(f"the loader's state is damaged: {directory} has no such place in it")
         self.order = self._permutation(self.state["epoch"])
 
     def _lengths(self, documents):

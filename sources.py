@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import errors_name_file, local_directory, one_line
-from tokenizer import condition_tags
+from tokenizer import CONDITIONS, condition_tags
 
 KINDS = (".jsonl", ".json", ".parquet")
 MAX_TEXT_BYTES = 2**24  # of a line
@@ -245,7 +245,8 @@ def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False)
         if name not in row and (key, name) != ("condition", "condition"):
             there = ", ".join(map(repr, islice(row, 8))) or "none"
             example = dict(zip(("instruction", "response"), row))
-            return f"no field '{name}': the row's fields are {there}; name them as in --fields=\"{example}\""
+            advice = f"; name them as in --fields=\"{example}\"" if len(example) > 1 else ""
+            return f"no field '{name}': the row's fields are {there}{advice}"
     for key in "instruction", "response":
         if not isinstance(row[names[key]], str):
             return f"no text in the field '{names[key]}'"
@@ -262,5 +263,5 @@ def to_pair(row, fields, condition="", gsm8k_answer="", strip_annotations=False)
     try:
         condition_tags(condition)
     except (ValueError, AttributeError):
-        return f"unknown condition: {condition!r}"
+        return f"unknown condition: {condition!r}; there are {', '.join(CONDITIONS)}"
     return instruction, response, condition

@@ -304,13 +304,13 @@ TASKS = {
     "heldout": Task(heldout, scorers.same_answer, min_limit=0),  # its truths are whole answers
     "problems": Task(problems, scorers.same_answer, max_new_tokens=64),
 }
-PAPER = list(TASKS)[:8]  # its table
+PAPER = "gsm8k math drop mmlu arc hellaswag winogrande boolq".split()  # its table
 
 
 def find_task(name):
     """The Task of that name, or of a file of rows with prompt and answer. Raises ValueError where there is none."""
     if name not in TASKS and Path(name).suffix not in (".jsonl", ".json", ".parquet"):
-        known = f"{', '.join(TASKS)}, paper (the first {len(PAPER)}), or a .jsonl file of rows with prompt and answer"
+        known = f"{', '.join(TASKS)}, paper (its {len(PAPER)}), or a .jsonl file of rows with prompt and answer"
         fault = f"there is no task '{name}'" if name else "no task is given"
         raise ValueError(f"{fault}: --tasks names one or more of {known}")
     return TASKS.get(name) or Task(from_rows(name)(prompt_and_answer), scorers.same_answer)

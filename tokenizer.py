@@ -73,7 +73,7 @@ def choose_condition(condition, directory):
         found["condition"] = max(counts, key=counts.get, default="")
     elif (path := Path(directory, "tokenizer_config.json")).exists():
         found |= read_json(path)
-    with errors_name_file(path):
+    with errors_name_file(path, "does not tell the condition of prompts"):
         check_types(found, condition=str)
         return ",".join(condition_tags(found["condition"]))
 

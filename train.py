@@ -274,8 +274,8 @@ def setup():
         model = make_model(start_from, ckpt_meta, data_dir).to(device).train()
         model.set_compute(dtype, attention, compile, recompute)
         bp_max = bp_max or min(5, model.config.n_steps)
-        if not 2 <= bp_min <= bp_max <= (n_steps := model.config.n_steps):
-            raise ValueError(f"bp_min ({bp_min}) and bp_max ({bp_max}) must rise from 2 to at most {n_steps}")
+        if not 2 <= bp_min <= bp_max <= (n := model.config.n_steps):
+            raise ValueError(f"bp_min ({bp_min}) and bp_max ({bp_max}) must rise from 2 to at most {n} (bp_max=0 fits)")
         if loss_on != "response" and (loss_on != "all" or model.config.prefix_lm):  # which would show the next token
             raise ValueError(f"loss_on must be response, or all (which needs prefix_lm=False), not {loss_on}")
         options = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, ema=ema or None)

@@ -147,12 +147,12 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     "out_dir that holds another run": (TRAIN, None, "out holds another run already"),
     "out_dir that holds a dataset": (f"{TRAIN} --out_dir=data/problems", None, "data/problems holds"),
     "dataset's name taken by something else": (
-        "data.py --dataset=mine",
+        "data.py --dataset=mine --source=problems",
         lambda place: (place / "data" / "mine").mkdir(),
         "data/mine exists and is no prepared dataset",
     ),
     "dataset's name taken by a run": (
-        "data.py --dataset=run",
+        "data.py --dataset=run --source=problems",
         lambda place: shutil.copytree(place / "out", place / "data" / "run"),
         "data/run exists and holds what data.py did not write (ckpt.pt, log.jsonl, ",
     ),
@@ -161,7 +161,7 @@ CASES = {  # name: (command, what to do to the directory before, what the senten
     "model beyond all memory": (f"{TRAIN} --out_dir=new --n_embd=1099511627776", None, "n_embd of a model must"),
     "export over a run": ("hf.py --export_dir=out", None, "out holds a run or a dataset (ckpt.pt, run.json"),
     "tokenizer without all bytes": (
-        "data.py --dataset=x --tokenizer=x.tiktoken",
+        "data.py --dataset=x --source=problems --tokenizer=x.tiktoken",
         lambda place: (place / "x.tiktoken").write_text("YQ== 0\nYg== 0\n"),
         "x.tiktoken is no byte-level BPE",
     ),
@@ -183,6 +183,7 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --out_dir=new --bp_max=9", "bp_min (2) and bp_max (9) must rise"),
         (f"{TRAIN} --out_dir=new --block_size=8", "no document of the train split fits"),
         (f"{TRAIN} --out_dir=new --batch_size=9999999", "9999999 rows of 256 tokens is too large: at most 134,217,728"),
+        (f"{TRAIN} --mcq=token", "there is no setting 'mcq'; another script has it"),
         (f"{TRAIN} -seed=1", "did you mean --seed=1?"),
         (f"{TRAIN} --dtype=float16", "dtype must be"),
         (f"{TRAIN} --device=gpu", "device gpu is not available"),
@@ -193,8 +194,9 @@ CASES |= {  # settings that cannot be
         (f"{TRAIN} --eval_iters=-1", "eval_iters must be at least 0"),
         (f"{TRAIN} --out_dir=", "must be names"),
         ("data.py --dataset=../out", "dataset is the name of a directory in data/, not a path: '../out'"),
-        ("data.py --dataset=x --workers=-1", "workers must be at least 0, not -1"),
-        ("data.py --dataset=x --tokenizer=train:99999999999999999999", "a vocabulary size from 263 to 2^31 - 1"),
+        ("data.py --workers=-1", "workers must be at least 0, not -1"),
+        ("data.py --dataset=mien", "--source tells what data/mien is made of"),
+        ("data.py --tokenizer=train:99999999999999999999", "a vocabulary size from 263 to 2^31 - 1"),
         ("data.py --condition=drect", "unknown condition 'drect'"),
         ("data.py --dataset=x --source=data", "named after the split 'train'"),
         ("data.py --dataset=x --source=nowhere.jsonl", "there is no file nowhere.jsonl"),
@@ -304,6 +306,7 @@ CHECKPOINTS = {  # what to do to ckpt.pt: what the sentence must say
         changed(lambda ckpt: ckpt["model"].update(embed=torch.zeros(1, 1).expand(263, 32))),
         "its tensors share memory",
     ),
+    "other model": (changed(lambda ckpt: ckpt["config"].update(norm="none")), "ckpt.pt is of a model that cannot be"),
     "other setting": (changed(lambda ckpt: ckpt["config"].update(dropout=0.1)), "has a setting dropout, which the"),
     "cursor": (changed(lambda ckpt: ckpt["loader"].update(cursor=10**9)), "the loader's state is damaged: .*no such"),
     "count": (changed(lambda ckpt: ckpt.update(iter=-1)), "iter is -1"),
@@ -318,7 +321,7 @@ def test_a_checkpoint_that_train_never_writes(name, trained, tmp_path):
     change(tmp_path / "out" / "ckpt.pt")
     with pytest.raises(ValueError, match=sentence) as error:
         resumed(tmp_path)
-    assert "damaged" in str(error.value) or name == "other setting"
+    assert "damaged" in str(error.value) or name in ("other setting", "other model")
 
 
 def test_only_what_was_loaded_becomes_the_checkpoint(trained, tmp_path):

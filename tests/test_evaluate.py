@@ -346,7 +346,9 @@ def test_one_token_truths_leave_room_for_working(main, tmp_path, monkeypatch, ca
     assert main(tasks="gsm8k,letters.jsonl", data_dir=str(tmp_path)) == "done" and limits == [256]
     assert f"gsm8k is left out: there is no directory {tmp_path}/gsm8k" in (said := capsys.readouterr().out)
     assert "letters  1  100.00%" in said
-    assert main(tasks="letters.jsonl", max_new_tokens=7) == "done" and limits == [256, 7]
+    assert main(tasks="letters.jsonl", max_new_tokens=7, average=False) == "done" and limits == [256, 7]
+    said = (tmp_path / "out" / "eval.md").read_text(encoding="utf-8")
+    assert "`--tasks=letters.jsonl --max_new_tokens=7 --average=False`. 1B" in said
 
 
 def test_ctrl_c_shows_what_is_done_and_keeps_it(main, tmp_path, monkeypatch, capsys):

@@ -501,7 +501,7 @@ def use_config(place, argv):
 
 START = {  # the shortest run of a script
     "train.py": [*TINY, "--max_iters=1", "--out_dir=new", "--sample_prompts=1"],
-    "data.py": ["--n_problems=9", "--n_val_problems=2", "--dataset=new"],
+    "data.py": ["--n_problems=9", "--n_val_problems=2", "--dataset=new", "--source=problems"],
     "sample.py": ["--max_new_tokens=2"],
     "eval.py": ["--max_new_tokens=2", "--limit=2"],
     "hf.py": [],

@@ -119,7 +119,7 @@ def test_a_changed_rule_is_another_plan(tmp_path, corpus):
     next(Loader(tmp_path / "d", "train", 2, 64, state=state))
     path = tmp_path / "d" / "meta.json"
     path.write_text(path.read_text().replace('"cap": 40', '"cap": 39'))
-    with pytest.raises(ValueError, match="gives another plan than the run had"):
+    with pytest.raises(ValueError, match="is not the data that the run had"):
         Loader(tmp_path / "d", "train", 2, 64, state=state)
 
 

@@ -352,7 +352,7 @@ def test_a_token_too_long_to_check_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize("condition", [3, None, ["cot"], "drect"])
 def test_a_condition_that_is_none_names_its_file(tmp_path, condition):
     write_json(tmp_path / "tokenizer_config.json", {"condition": condition})
-    with pytest.raises(ValueError, match="tokenizer_config.json is damaged: .*condition"):
+    with pytest.raises(ValueError, match="tokenizer_config.json does not tell the condition of prompts: .*condition"):
         choose_condition("", tmp_path)
 
 

@@ -134,8 +134,8 @@ def test_another_tokenizer_or_other_data_are_refused(workplace):
     (workplace / "rows.jsonl").write_text(rows)
     run(workplace, "data.py", "--dataset=other", "--source=rows.jsonl")
     done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=resume", ok=False)
-    assert "gives another plan than the run had" in done.stderr and "Traceback" not in done.stderr
-    run(workplace, "data.py", "--dataset=bpe", "--n_problems=99", "--n_val_problems=9", "--tokenizer=train:263")
+    assert "is not the data that the run had" in done.stderr and "Traceback" not in done.stderr
+    run(workplace, "data.py", "--dataset=bpe", "--source=problems", "--n_problems=99", "--tokenizer=train:263")
     done = run(workplace, "train.py", *TINY, "--dataset=bpe", "--init_from=out", "--out_dir=tuned", ok=False)
     assert "out (bytes, 263 ids) and data/bpe (train:263" in done.stderr and "Traceback" not in done.stderr
 
