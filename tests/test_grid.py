@@ -165,6 +165,7 @@ WRONG = {
     "curves=['x']": "curves or against has x, which is no cell of grid",
     "grid=[dict(name='a',against='b')]": "curves or against has b, which is no cell of grid",
     "jobs=0": "jobs must be at least 1, not 0",
+    "status=True;out_dir='none'": "there is no grid in none",
 }
 
 
