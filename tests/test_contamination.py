@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_the_old_results(place):
     before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
     directory = place / "data" / "planted"
     tokens, index = np.fromfile(directory / "train.bin", "<u2"), np.fromfile(directory / "train.idx", "<i8")
-    n = 3 * 10**7 // len(tokens)
+    n = 6 * 10**7 // len(tokens)
     shift = np.repeat(np.arange(n) * len(tokens), len(index) // 2)
     np.tile(tokens, n).tofile(directory / "train.bin")
     np.stack((np.tile(index[::2], n) + shift, np.tile(index[1::2], n)), 1).tofile(directory / "train.idx")
@@ -227,6 +228,7 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_the_old_results(place):
     while b"reading" not in said:  # the bar, at 0%
         said += (byte := process.stderr.read(1))
         assert byte, said
+    time.sleep(0.3)  # a bar that is being made may swallow an exception
     process.send_signal(signal.SIGINT)
     said += process.stderr.read()
     assert process.wait() == 1 and b"Traceback" not in said
