@@ -4,6 +4,7 @@ A line of stdin is the JSON of [what follows `python`, directory, additions to t
 stderr]; the answer is a line with the exit status.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -11,13 +12,15 @@ import resource
 import runpy
 import signal
 import sys
+import threading
+import traceback
 
 import numpy
 import tiktoken  # noqa: F401
 import torch._dynamo  # noqa: F401 (the first optimizer imports it)
 import tqdm  # noqa: F401
 
-gc.freeze()  # else every fork would take a second at its end to look through the libraries
+gc.freeze()  # else every fork would look through the libraries
 os.environ.pop("PYTHONHASHSEED")
 for request in sys.stdin:  # noqa: B007
     if child := os.fork():
@@ -27,7 +30,7 @@ for request in sys.stdin:  # noqa: B007
 else:
     sys.exit()
 
-# The child goes on from here to an end like any script's.
+# The child goes on from here.
 sys.argv, cwd, env, stdout, stderr = json.loads(request)
 for fd, name in enumerate((os.devnull, stdout, stderr)):
     file = os.open(name, os.O_RDWR)
@@ -42,4 +45,18 @@ if "SECONDS" in env:  # limits
     resource.setrlimit(resource.RLIMIT_DATA, (int(env["MEMORY"]),) * 2)
 numpy.random.seed()
 sys.path[:1] = [os.path.dirname(sys.argv[0]), *env.get("PYTHONPATH", "").split()]
-runpy.run_path(sys.argv[0], run_name="__main__")
+status = None
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    status = end.code
+except Exception:
+    status = traceback.format_exc().rstrip()
+if isinstance(status, str):
+    print(status, file=sys.stderr)
+
+# What Python does at its end, but for taking the libraries apart, which takes longer than most scripts.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+os._exit(status if isinstance(status, int) else int(status is not None))
