@@ -41,7 +41,7 @@ points = 6
 jobs = 2
 threads = 1
 
-# train.py, for all cells: config/demo.py's, but for n_head, bp_max and intervals
+# train.py, for all cells: config/demo.py's, but for rate, credit and intervals
 device = "cpu"
 batch_size = 2
 block_size = 1024
