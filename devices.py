@@ -64,7 +64,7 @@ def compiled(function, dynamic=False, fixed_threads=False, tune=False):
     tune: measure several kernels, and take the fastest."""
     torch._dynamo.config.recompile_limit = 64  # beyond it, a call runs uncompiled; generation has shapes of its own
     options = {"cpp.dynamic_threads": not fixed_threads, "max_autotune": tune}  # the first for ThreadsByLoad
-    options["cpp.vec_isa_ok"] = True  # else it first compiles test programs with AVX2 and AVX-512, for 10 s
+    options["cpp.vec_isa_ok"] = True  # else it first compiles test programs with AVX2 and AVX-512, for 4 to 10 s
     return torch.compile(function, dynamic=dynamic, options=options)
 
 
