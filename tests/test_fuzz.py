@@ -102,9 +102,9 @@ def similar(value):
         case dict():
             reversed = dict(zip(value, [*value.values()][::-1]))
             return [{**value, "x": 1}, [*value], [*value.values()], reversed, {"x": value}]
-        case torch.Tensor() if value.numel() < 2**20:
+        case torch.Tensor() if value.numel() < 2**20 and value.layout == torch.strided:
             kinds = torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.complex64
-            wrong = value.clone().view(-1)
+            wrong = value.flatten().clone()
             wrong[:1] = math.inf if value.is_floating_point() else 1
             shapes = value[:-1], value[None], value.flatten(), value.t() if value.dim() == 2 else value, value[:0]
             views = value[:1].expand(value.shape), torch.zeros(()).expand(2**40), value.reshape(-1)[::2]
