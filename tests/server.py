@@ -58,5 +58,5 @@ if isinstance(status, str):
 # What Python does at its end, but for taking the libraries apart, which takes longer than most scripts.
 threading._shutdown()
 atexit._run_exitfuncs()
-sys.stdout.flush()
+sys.stdout.flush(), sys.stderr.flush()
 os._exit(status if isinstance(status, int) else int(status is not None))
