@@ -113,6 +113,8 @@ def longest_operations(run):
         events = [e for e in events if e.device_type == cuda and not e.is_user_annotation]
     rows = sorted(((getattr(e, kind), e.count, e.key.removeprefix("## Call ")[:36]) for e in events), reverse=True)
     total = sum(row[0] for row in rows)
+    if not total:
+        return {"all": {"result": "the profiler sees no kernel"}}
     rows = [(total, sum(row[1] for row in rows), "all"), *rows[:10]]
     return {f"{i}. {key}": {"of the time": t / total, "ms": t / 1e3, "calls": n} for i, (t, n, key) in enumerate(rows)}
 

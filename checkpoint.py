@@ -327,6 +327,8 @@ def host_buffers(tensors, pin):
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
         except RuntimeError as e:
+            with suppress(RuntimeError):  # CUDA keeps the error for the next launch of a kernel: let it be this one
+                torch.zeros(1, device="cuda")
             ranks.print0(f"training will wait longer for checkpoints, as memory cannot be pinned: {one_line(e)}")
     ends = itertools.accumulate(sizes)
     pieces = (torch.from_numpy(memory[end - size :][: t.nbytes]) for t, size, end in zip(tensors, sizes, ends))

@@ -2,6 +2,8 @@
 tests. Each check yields (what, {what differs: by how much, relatively; "bound": the most that any of them may}), or
 (what, {"result": why there is none})."""
 
+import math
+import time
 import warnings
 from functools import partial
 from unittest.mock import patch
@@ -30,9 +32,10 @@ def tried(function, *args):
         return {"result": f"failed: {one_line(e)}"}
 
 
-def check_training(model, batch, compile=True):
+def check_training(model, batch, compile=True, deadline=math.inf):
     """Losses and gradients of packed rows against those in fp32 by SDPA over padded documents, not compiled. In bf16,
-    a kernel may differ from them little more than SDPA does. batch: idx, targets, doc, prefix, as the model takes."""
+    a kernel may differ from them little more than SDPA does. batch: idx, targets, doc, prefix, as the model takes.
+    "tuned" starts before the deadline, a time of time.time(), or not at all."""
 
     def loss_and_gradients(dtype, kernel, compile):
         model.set_compute(dtype, kernel, compile)
@@ -48,6 +51,9 @@ def check_training(model, batch, compile=True):
             what = f"{str(dtype).removeprefix('torch.')}, {kernel}"
             if kernel != "sdpa" and not on_cuda:
                 yield what, NEEDS_CUDA
+                continue
+            if kernel == "tuned" and time.time() > deadline:
+                yield what, {"result": "no time left"}
                 continue
             values = tried(loss_and_gradients, dtype, kernel, compile)
             if isinstance(values, dict) or model.attention != kernel:

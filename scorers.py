@@ -151,7 +151,7 @@ def start_math_verify():
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         process = subprocess.Popen([sys.executable, __file__], **pipes, start_new_session=True)  # Ctrl-C is not for it
         if process.stdout.readline() != "ready\n":
-            raise ValueError("MATH and AIME are scored by math-verify: pip install 'math-verify[antlr4_13_2]'")
+            raise ValueError("MATH and AIME are scored by math-verify: pip install math-verify")
         worker = process
 
 

@@ -32,8 +32,8 @@ skip_bad = True  # and count
 out_dir = "out-hrm1b"
 block_size = 4096
 batch_size = 48  # 196,608 tokens per step
-micro_batch_size = 2  # for 80 GB: weights, optimizer and loss take about 31, a row 18 (with recompute = "inputs" 12,
-# so 3 or 4 rows); for 141 GB: 6. By arithmetic from what a block keeps, 55 KB per token (38), in 5 steps of 16 blocks
+micro_batch_size = 2  # for 80 GB: allocates 64 GB (3 rows: 83); for 141 GB: 6, 138 GB. With recompute =
+# "blocks", 8 rows take 39 GB. By torch's allocator on a simulated card, not on hardware
 n_layer = 32
 n_head = 12
 n_embd = 1536

@@ -8,8 +8,7 @@ dataset = "hrm1b"
 out_dir = "out-hrm600m"
 block_size = 4096
 batch_size = 42  # 172,032 tokens per step; 6, 7 or 14 GPUs share these rows evenly, with 8 some wait for others
-micro_batch_size = 3  # for 80 GB: weights, optimizer and loss take about 19, a row 12 (with recompute = "inputs" 8),
-# by arithmetic, as in config/hrm1b.py; for 141 GB: 6
+micro_batch_size = 3  # for 80 GB: allocates 49.4 GB; for 141 GB: 6, 84.6 GB. By torch's allocator on a simulated card
 n_layer = 24
 n_head = 10
 n_embd = 1280

@@ -2,6 +2,7 @@
 python crash.py SCRIPT ARGS: runs a script that kills itself, with SIGKILL or the signal that CRASH_SIGNAL names, at the
 moment that CRASH="moment n" names: the nth time (counted from 1) that it comes by. In a run of several ranks, that of
 CRASH_RANK alone does. Two moments do not kill: at "loss" the loss is nan, and at "gradient" the gradients are infinite.
+Training waits for its checkpoints, so that each is written before the next.
 """
 
 import io
@@ -17,6 +18,8 @@ import torch
 
 SCRIPT, (MOMENT, N) = sys.argv[1], os.environ["CRASH"].split()
 sys.path.insert(0, os.path.dirname(SCRIPT))
+import checkpoint  # noqa: E402
+import evaluate  # noqa: E402
 import model  # noqa: E402
 import optim  # noqa: E402
 
@@ -69,7 +72,6 @@ def at_nth_spoiled(self, *args):
     """HRM.forward(), whose loss or gradient is spoiled at the nth call that is for training."""
     global passed
     logits, loss = forward(self, *args)
-    time.sleep(0.2)  # so that every step's checkpoint is written before the next
     passed += torch.is_grad_enabled()
     if torch.is_grad_enabled() and passed == int(N):
         loss = loss * (math.nan if MOMENT == "loss" else 1)
@@ -77,7 +79,8 @@ def at_nth_spoiled(self, *args):
     return logits, loss
 
 
-save, forward = torch.save, model.HRM.forward
+save, forward, save_run = torch.save, model.HRM.forward, checkpoint.RunFiles.save
+checkpoint.RunFiles.save = lambda files, content, wait=True: save_run(files, content, True)
 restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not restarts:
     if MOMENT == "backward":  # with the gradients of some blocks
@@ -92,6 +95,8 @@ if os.environ.get("CRASH_RANK", "0") == os.environ.get("RANK", "0") and not rest
         os.fsync = at_nth(os.fsync)
     elif MOMENT == "rename":  # of a checkpoint
         os.replace = at_nth(os.replace, lambda source, target: "ckpt" in str(target))
+    elif MOMENT == "answer":  # of an evaluation
+        evaluate.text_of = at_nth(evaluate.text_of)
     elif MOMENT == "replace":  # a dataset: the old one goes, the new one comes
         pathlib.Path.rename = at_nth(pathlib.Path.rename)
 if "CRASH_SLOW" in os.environ and not restarts:  # so many seconds more per step

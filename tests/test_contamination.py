@@ -1,17 +1,13 @@
 """Questions in training data: what is counted is what a slow and plain recount counts."""
 
 import json
-import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scripts import ENV, command, run
+from scripts import run
 
 import contamination
-from tokenizer import fingerprint
 
 
 def write_bin(place, documents, dtype):
@@ -207,31 +203,3 @@ def test_what_is_wrong_ends_with_a_sentence(place):
         assert sentence in failed.stderr.splitlines()[-1] and "Traceback" not in failed.stderr, arg
     (place / "data" / "planted" / "train.bin").write_bytes(b"\0\0" * 99)
     assert "train.bin is damaged" in run(place, "contamination.py", *ARGS, ok=False).stderr.splitlines()[-1]
-
-
-def test_ctrl_c_ends_with_one_sentence_and_leaves_the_old_results(place):
-    run(place, "contamination.py", *ARGS)
-    before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
-    directory = place / "data" / "planted"
-    tokens, index = np.fromfile(directory / "train.bin", "<u2"), np.fromfile(directory / "train.idx", "<i8")
-    n = 6 * 10**7 // len(tokens)
-    shift = np.repeat(np.arange(n) * len(tokens), len(index) // 2)
-    np.tile(tokens, n).tofile(directory / "train.bin")
-    np.stack((np.tile(index[::2], n) + shift, np.tile(index[1::2], n)), 1).tofile(directory / "train.idx")
-    meta = json.loads((directory / "meta.json").read_text())
-    meta["checksums"] |= {name: fingerprint(directory / name) for name in ("train.bin", "train.idx")}
-    for counts in meta["splits"]["train"], meta["files"][0]["train"]:
-        counts["documents"] *= n
-    (directory / "meta.json").write_text(json.dumps(meta))
-    process = subprocess.Popen(command("contamination.py", *ARGS), cwd=place, env=ENV, stderr=subprocess.PIPE)
-    said = b""
-    while b"reading" not in said:  # the bar, at 0%
-        said += (byte := process.stderr.read(1))
-        assert byte, said
-    time.sleep(0.3)  # a bar that is being made may swallow an exception
-    process.send_signal(signal.SIGINT)
-    said += process.stderr.read()
-    assert process.wait() == 1 and b"Traceback" not in said
-    # A bar that is just being drawn has no end of line.
-    assert said.endswith(b"contamination.py: interrupted; nothing is written\n")
-    assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before

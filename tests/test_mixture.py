@@ -262,12 +262,20 @@ def test_threads_and_processes_make_the_same(tmp_path, corpus, monkeypatch):
 
 
 KILLED = """
-import sys, time
+import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import data
 data.SAVE_EVERY = data.SMALL = 0
-encode = data.encode_batch
-data.encode_batch = lambda *args: time.sleep(0.05) or encode(*args)
+save, left = data.save, int(sys.argv[4])
+
+def save_and_die(*args):
+    global left
+    save(*args)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+data.save = save_and_die
 data.prepare(sys.argv[2], source=sys.argv[3], split="", tokenizer="train:300", val_fraction=0.1, workers=2)
 """
 
@@ -276,24 +284,18 @@ def test_a_killed_preparation_does_the_rest_and_makes_the_same(tmp_path):
     """Its workers end with it, and progress.json tells after which file it goes on."""
     for i in range(12):
         write_jsonl(tmp_path / f"{i}.jsonl", rows(f"file{i}", 2500))
-    start = [sys.executable, "-c", KILLED, ROOT]
-    subprocess.run([*start, tmp_path / "whole", tmp_path], env=ENV, check=True, capture_output=True)
-    rng, kills = np.random.default_rng(os.getpid()), 0
-    for _ in range(5):
-        process = subprocess.Popen([*start, tmp_path / "d", tmp_path], env=ENV, stderr=subprocess.DEVNULL)
-        progress, deadline = tmp_path / "d.part" / "new" / "progress.json", time.time() + 20
-        while not progress.exists() and process.poll() is None:
-            assert time.time() < deadline
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.4))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    said = subprocess.run([*start, tmp_path / "d", tmp_path], env=ENV, check=True, capture_output=True, text=True)
-    assert kills and "going on after " in said.stdout
+    def start(place, die_at):
+        command = [sys.executable, "-c", KILLED, ROOT, tmp_path / place, tmp_path, str(die_at)]
+        return subprocess.run(command, env=ENV, capture_output=True, text=True)
+
+    assert start("whole", 0).returncode == 0
+    for die_at in 1, 2, 1, 3:
+        assert start("d", die_at).returncode == -signal.SIGKILL
+    said = start("d", 0)
+    assert said.returncode == 0 and "going on after " in said.stdout, said.stderr
     whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "d")
     assert whole == resumed and not (tmp_path / "d.part").exists()
-    deadline = time.time() + 5
+    deadline = time.time() + 60
     while subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout:
         assert time.time() < deadline, "a worker outlives its parent"
         time.sleep(0.1)
