@@ -1,344 +1,232 @@
-"""A run's directory: who may write there, its checkpoints, and its log.
+"""
+What a run keeps. A checkpoint is a directory that is whole or not there:
 
-    ckpt.pt, ckpt-<step>.pt          the newest checkpoint, and those before it
-    run.json                         the settings, and which torchrun started it
-    log.jsonl                        one JSON object per logged step
-    meta.json, tokenizer.tiktoken    of the dataset, so that sample.py and eval.py need only this directory
+    out/step-0001000/model.safetensors, config.json     the averaged weights, Hugging Face layout
+    out/step-0001000/tokenizer.json, ...                of the dataset
+    out/step-0001000/train.safetensors, train.json      weights, moments, counters: for resuming
 
-A file may be damaged, or a stranger's: tensors and plain values are read from it, never code.
+So a run, an export and a model of the hub are the same thing, and load_model() reads them all.
 """
 
-import itertools
 import json
-import math
 import os
-import pickletools
-import time
-import zipfile
-from contextlib import suppress
+import re
+import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
-from threading import Thread
 
-import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
-import ranks
-from common import (
-    check_types,
-    errors_name_file,
-    local_directory,
-    lock_file,
-    one_line,
-    read_json,
-    replace_file,
-    sync_directory,
-)
-from hf import load_hf
-from model import HRM, HRMConfig, weight_shapes
+from model import HRM, HRMConfig
 
-# Of a checkpoint: the optimizer's state holds the moving averages; the loader's is the place in the data; origin is
-# "scratch", or what was fine-tuned; skipped counts the steps whose loss or gradient was not finite.
-CONTENT = dict(model=dict, optimizer=dict, config=dict, settings=dict, loader=dict)
-CONTENT |= dict(iter=int, tokens=int, skipped=int, origin=str, wandb_id=str)
-# All that its pickle may name, and its greatest size: other functions, and more of these, could fill the memory.
-PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
-PLAIN = bool, int, float, str, type(None)
-MAX_PICKLE = 2**20  # bytes; that of 700 layers
+# -----------------------------------------------------------------------------
+# the Hugging Face layout
 
-
-def checkpoints(directory):
-    """Paths of a run's checkpoints, newest first: ckpt.pt, and the ones before it."""
-    older = sorted(Path(directory).glob(f"ckpt-{'[0-9]' * 8}.pt"), reverse=True)
-    return [path for path in (Path(directory, "ckpt.pt"), *older) if path.is_file()]
-
-
-def older_checkpoint(directory, step):
-    """What ckpt.pt is called when a newer one takes its place."""
-    return Path(directory, f"ckpt-{step:08d}.pt")
+HF_KEYS = {  # name in config.json: ours
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_ff",
+    "num_attention_heads": "n_head",
+    "head_dim": "head_dim",
+    "H_cycles": "H_cycles",
+    "L_cycles": "L_cycles",
+    "max_position_embeddings": "block_size",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "embedding_scale": "embed_scale",
+    "prefix_lm": "prefix_lm",
+}
+NOT_IN_HF = [f.name for f in fields(HRMConfig) if f.name not in (*HF_KEYS.values(), "n_layer")]
+WEIGHTS = {"z_L_init", "embed_tokens", "lm_head", "gqkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+SPLIT = {  # transformers may save a weight in parts
+    "attn.gqkv_proj": ["self_attn.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.o_proj": ["self_attn.o_proj"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+}
 
 
-def load_checkpoint(directory):
-    """The newest whole checkpoint of a run, and its path; a line says so if that is not ckpt.pt. Raises ValueError or
-    OSError."""
-    damage = []
-    for path in checkpoints(directory):
-        try:
-            ckpt = read_checkpoint(path)
-        except ValueError as e:
-            damage.append(str(e))
-            continue
-        if path.name != "ckpt.pt":
-            print(f"{'; '.join(damage) or f'{directory} has no ckpt.pt'}; using {path} instead (step {ckpt['iter']})")
-        return ckpt, path
-    if damage:
-        raise ValueError("; ".join(damage))
-    raise FileNotFoundError(f"there is no checkpoint {Path(directory, 'ckpt.pt')}; train.py writes it to its out_dir")
+def hf_name(name):
+    return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def read_checkpoint(path):
-    """The content of one checkpoint, all of it checked against its checksums, its keys and its own configuration.
-    Takes no more memory than the file."""
-    with errors_name_file(path):
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            by_name = {entry.filename.lower(): entry for entry in entries}  # torch ignores the case
-            repeated = len(by_name) < len(entries) or sum(max(e.file_size, e.compress_size) for e in entries) > size
-            if repeated or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it has compressed or overlapping entries, which train.py never writes")
-            for entry in (entry for name, entry in by_name.items() if name.endswith(".pkl")):
-                if entry.file_size > MAX_PICKLE:
-                    raise ValueError(f"{entry.filename} has more than {MAX_PICKLE:,} bytes")
-                named = {arg for op, arg, _ in pickletools.genops(archive.read(entry)) if op.name == "GLOBAL"}
-                if not named <= PICKLE_NAMES:
-                    raise ValueError(f"it has {', '.join(named - PICKLE_NAMES)}, which train.py never writes")
-            if wrong := archive.testzip():  # torch ignores the CRC32 that it writes with every tensor
-                raise ValueError(f"the checksum of {wrong} is wrong")
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        check_types(ckpt, **CONTENT)
-        if unknown := ckpt["config"].keys() - {field.name for field in fields(HRMConfig)}:
-            raise ValueError(f"{path} has a setting {min(unknown)}, which the model here does not know")
-        for key, value in ckpt["settings"].items():
-            if not all(isinstance(x, PLAIN) for x in (value if isinstance(value, (tuple, list)) else [value])):
-                raise ValueError(f"the setting {key} is no plain value")
-        with errors_name_file(path, "is of a model that cannot be here"):
-            config = HRMConfig(**ckpt["config"])
-        shapes = weight_shapes(config, len(ckpt["model"]))
-        states, [group] = ckpt["optimizer"]["state"], ckpt["optimizer"]["param_groups"]
-        if not sorted(states) == group["params"] == [*range(len(shapes) - 1)]:
-            raise ValueError("its optimizer is of other weights")
-        weights, moments = list(ckpt["model"].items()), []
-        for i, name in enumerate(name for name in shapes if name != "z_L_init"):
-            check_types(states[i], step=int, m=torch.Tensor, v=torch.Tensor)
-            moments += [(name, states[i][key]) for key in "mv"]  # v may hold infinity: a gradient's square
-            weights += [(name, tensor) for key, tensor in states[i].items() if key not in ("step", "m", "v")]
-        tensors = weights + moments
-        for name, tensor in tensors:
-            if tuple(tensor.shape) != shapes.get(name) or tensor.dtype != torch.float32:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {shapes.get(name)}")
-        if ckpt["model"].keys() != shapes.keys():
-            raise ValueError("it lacks weights")
-        if sum(tensor.nbytes for _, tensor in tensors) > size:
-            raise ValueError("its tensors share memory")
-        for name, tensor in weights:
-            if not all(bound.isfinite() for bound in tensor.aminmax()):
-                raise ValueError(f"{name} holds NaN or infinity")
-        return ckpt
+def is_plain_hrm(model):
+    """Whether transformers computes the same: it knows neither other recurrences and norms, nor
+    settings and weights of your own."""
+    own = [getattr(model.config, key) for key in NOT_IN_HF]
+    names = {name.removesuffix(".weight").rpartition(".")[2] for name in model.state_dict()}
+    return [value for value in own if value] == ["hrm", "magic"] and names == WEIGHTS
 
 
-def load_pretrained(name, average=True):
-    """The model of HRM.from_pretrained()."""
-    directory = local_directory(name)
-    if not checkpoints(directory):
-        return load_hf(directory)
-    ckpt, _ = load_checkpoint(directory)
+def save_model(directory, model, tokenizer=None):
+    """
+    Write model.safetensors and config.json; with the tokenizer, also generation_config.json. A
+    model that transformers does not have gets another model_type, so that transformers refuses it.
+    """
+    config = model.config
+    content = {
+        "model_type": "hrm_text" if is_plain_hrm(model) else "hrm_text_variant",
+        "architectures": ["HrmTextForCausalLM"],
+        "dtype": "float32",
+        "num_hidden_layers": config.n_layer // 2,
+        "num_key_value_heads": config.n_head,
+        "initializer_range": config.n_embd**-0.5,
+        "tie_word_embeddings": False,
+    }
+    for theirs, ours in HF_KEYS.items():
+        content[theirs] = getattr(config, ours)
+    if content["model_type"] != "hrm_text":
+        content.update({key: getattr(config, key) for key in NOT_IN_HF})
+    write_json(Path(directory, "config.json"), content)
+    if tokenizer:
+        unused = sorted(set(range(config.vocab_size)) - set(tokenizer.tokens))
+        ids = {"eos_token_id": tokenizer.id_of["eoa"], "pad_token_id": tokenizer.id_of["boq"]}
+        content = {"do_sample": False, **ids, "suppress_tokens": unused or None}
+        write_json(Path(directory, "generation_config.json"), content)
+    tensors = {hf_name(name): t.contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, Path(directory, "model.safetensors"), {"format": "pt"})
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_config(path):
+    """config.json -> HRMConfig."""
+    hf = json.loads(path.read_text(encoding="utf-8"))
+    if not hf.get("model_type", "").startswith("hrm_text"):
+        sys.exit(f"{path}: this is no HRM but {hf.get('model_type')}")
+    rope = hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    assert kind == "default", f"{path}: positions of the type {kind} are not built here"
+    hf.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    if not hf.get("embedding_scale"):
+        hf["embedding_scale"] = 1 / hf.get("initializer_range", 0.02)
+    values = {ours: hf[theirs] for theirs, ours in HF_KEYS.items() if hf.get(theirs) is not None}
+    values.update({key: hf[key] for key in NOT_IN_HF if key in hf})
+    # where transformers wrote it, num_hidden_layers counts each use of a block
+    n_blocks = hf.get("num_layers_per_stack") or hf["num_hidden_layers"]
+    return HRMConfig(n_layer=2 * n_blocks, **values)
+
+
+def load_model(name):
+    """The fp32 model of a run (its averaged weights), a directory, or a hub id."""
+    directory = find_directory(name)
     with torch.device("meta"):
-        model, states = HRM(HRMConfig(**ckpt["config"])), ckpt["optimizer"]["state"]
-    model.to_empty(device="cpu").load_state_dict(ckpt["model"])
-    for i, p in enumerate(model.parameters()):
-        if average and "ema" in states[i]:
-            p.data.copy_(states[i]["ema"])
-    return model
+        model = HRM(read_config(directory / "config.json"))
+    tensors = {}
+    for path in directory.glob("model*.safetensors"):
+        tensors.update(load_file(path))
+    state = {our_name: take_tensor(tensors, our_name) for our_name in model.state_dict()}
+    assert not tensors, f"{directory} has tensors that this model lacks: {', '.join(tensors)}"
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
-def read_settings(directory, settings):
-    """Of the settings {name: value}, those that the run in a directory was last started with, but for where it is."""
-    path = Path(directory, "run.json")
-    saved = read_json(path).get("settings") if path.exists() else {}
-    with errors_name_file(path):
-        names = (settings.keys() & saved.keys()) - {"out_dir", "init_from"}
-        check_types(saved, **{name: type(settings[name]) for name in names})
-        return {name: saved[name] for name in names}
+def take_tensor(tensors, our_name):
+    name = hf_name(our_name)
+    names = [name]
+    for fused, parts in SPLIT.items():
+        if fused in name and name not in tensors:
+            names = [name.replace(fused, part) for part in parts]
+    missing = [name for name in names if name not in tensors]
+    assert not missing, f"the model has no tensor {missing[0]}"
+    return torch.cat([tensors.pop(name).float() for name in names])
 
 
-class RunFiles:
-    """The files of a run. load() looks, claim() begins to write; then save() and log(), and wait() at the end."""
+def find_directory(name):
+    """Where a model is: the newest checkpoint of a run, a directory, or a download of a hub id."""
+    directory = Path(name)
+    if checkpoints(directory):
+        return latest_checkpoint(directory) or sys.exit(f"no checkpoint in {name} can be read")
+    if (directory / "config.json").exists():
+        return directory
+    if directory.exists() or name.count("/") != 1:
+        sys.exit(f"there is no model in {name}; python train.py --out_dir={name} trains one")
+    from huggingface_hub import snapshot_download
 
-    def __init__(self, directory, keep=2, pin_memory=False):
-        self.directory, self.keep, self.pin_memory = Path(directory), keep, pin_memory
-        self.saved = self.loaded = None  # step of the newest checkpoint; the file that the run resumes from
-        self.lock_handle = self.thread = self.wandb = None
-        self.buffers = []
-        ranks.before_exit.append(self.wait)
-
-    def load(self, init_from):
-        """(what to start from, checkpoint or None) for the setting init_from. A run that torchrun has started again
-        resumes by itself. Raises ValueError if the directory is another run's, or another process writes to it."""
-        out = self.directory
-        self.existed = out.is_dir()
-        if self.existed:
-            self._lock()
-        claimed = read_json(out / "run.json") if (out / "run.json").exists() else {}
-        if init_from != "resume" and not (ranks.launch_id and claimed.get("launch") == ranks.launch_id):
-            self._refuse_other_runs()
-            return init_from, None
-        if checkpoints(out) or not claimed:
-            ckpt, self.loaded = load_checkpoint(out)
-            self.saved = ckpt["iter"]
-            return "resume", ckpt
-        ranks.print0(f"{out} has no checkpoint yet, so its run starts over")
-        return str(claimed.get("init_from")), None
-
-    def claim(self, data_dir, settings, origin):
-        """Make the directory this run's, with no trace of steps after its newest whole checkpoint."""
-        out, step = self.directory, self.saved or 0
-        if not self.existed:
-            out.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            self._refuse_other_runs()  # another may have begun a moment ago
-        claim = {"launch": ranks.launch_id, "init_from": origin, "settings": settings}
-        self.about = {"run.json": json.dumps(claim, indent=1).encode()}
-        self.about |= {name: (data_dir / name).read_bytes() for name in ("meta.json", "tokenizer.tiktoken")}
-        for name, content in self.about.items():
-            replace_file(out / name, content)
-        if self.loaded not in (None, out / "ckpt.pt"):  # which is damaged, or missing
-            os.replace(self.loaded, out / "ckpt.pt")
-        for path in checkpoints(out)[1:]:
-            if path > older_checkpoint(out, step):
-                path.unlink()
-        lines = (out / "log.jsonl").read_bytes().splitlines(True) if (out / "log.jsonl").exists() else []
-        replace_file(out / "log.jsonl", b"".join(line for line in lines if logged_before(line, step)))
-
-    def _lock(self):
-        """Raise ValueError if another process writes to the directory."""
-        with suppress(OSError):  # Windows opens no directories
-            self.lock_handle = os.open(self.directory, os.O_RDONLY)
-            lock_file(self.lock_handle, f"another process is writing to {self.directory}")
-
-    def _is_ours(self):
-        """Whether the directory is still the one that is locked, and not removed, renamed, or since then another's."""
-        try:
-            return self.lock_handle is None or os.path.samestat(os.fstat(self.lock_handle), os.stat(self.directory))
-        except FileNotFoundError:
-            return False
-
-    def _find_place(self):
-        """Go on in a new directory where this run's is gone: what it has learnt would be lost, and in the old place
-        another run may have begun. Raises OSError."""
-        if self._is_ours():
-            return
-        self.wait()
-        gone, names = self.directory, (f"{self.directory.name}-{n}" for n in itertools.count(1))
-        place = next(path for path in map(gone.with_name, names) if not path.exists())
-        place.mkdir()
-        self.directory, self.saved = place, None
-        self._lock()
-        for name, content in self.about.items():
-            replace_file(self.directory / name, content)
-        ranks.print0(f"{gone} has been removed or replaced; this run goes on in {self.directory}, with a new log")
-
-    def _refuse_other_runs(self):
-        """Raise ValueError if the directory holds what a new run would overwrite."""
-        names = "ckpt.pt", "run.json", "log.jsonl", "meta.json", "config.json"
-        if held := [name for name in names if (self.directory / name).exists()]:
-            advice = "--init_from=resume continues it (anew if it has no checkpoint), --out_dir=NAME starts elsewhere"
-            raise ValueError(f"{self.directory} holds another run already ({', '.join(held)}): {advice}")
-
-    def start_wandb(self, project, id, settings):
-        """From now on, log() writes to W&B too."""
-        with errors_name_file("wandb", "(an extra: pip install wandb) cannot start"):
-            import wandb
-
-            wandb.init(project=project, id=id, resume="allow", config=settings)
-            self.wandb = wandb
-
-    def save(self, content, wait=False):
-        """Copy a checkpoint's content to host memory, and have a thread write it to ckpt.pt while training goes on,
-        unless `wait`. While the one before is still being written, there is no checkpoint."""
-        step, clock = content["iter"], time.perf_counter()
-        if self.thread and self.thread.is_alive() and not wait:
-            return ranks.print0(f"step {step}: no checkpoint, as the one before is still being written")
-        self.wait()
-        with suppress(OSError):  # whoever writes the checkpoint then meets it, and tells
-            self._find_place()
-        if self.saved != step:
-            content = self._copy_to_host(content)
-            ranks.print0(f"step {step}: checkpoint; training waited {time.perf_counter() - clock:.3f} s")
-            self.thread = Thread(target=self._write, args=(content,))
-            self.thread.start()
-        if wait:
-            self.wait()
-
-    def wait(self):
-        """Wait until the checkpoint in work is written."""
-        if self.thread:
-            self.thread.join()
-
-    def _copy_to_host(self, content):
-        """A copy of the content. Its memory serves again: to get it takes longer than to copy."""
-        leaves, tree = tree_flatten(content)
-        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        if not self.buffers:
-            self.buffers = host_buffers([leaves[i] for i in at], self.pin_memory)
-        for i, buffer in zip(at, self.buffers):
-            leaves[i] = buffer.copy_(leaves[i].detach(), non_blocking=self.pin_memory)
-        if self.pin_memory:
-            torch.cuda.synchronize()
-        return tree_unflatten(leaves, tree)
-
-    def _write(self, ckpt):
-        """Write beside, flush to the disk, rename: a crash at any moment leaves the checkpoint before."""
-        part, newest, log = (self.directory / name for name in ("ckpt.pt.part", "ckpt.pt", "log.jsonl"))
-        try:
-            with open(part, "wb") as file, open(log, "ab") as log:
-                torch.save(ckpt, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fsync(log.fileno())
-            if not self._is_ours():
-                raise OSError(f"{self.directory} has been removed or replaced")
-            if self.keep > 1 and self.saved is not None and self.saved < ckpt["iter"] and newest.exists():
-                os.replace(newest, older_checkpoint(self.directory, self.saved))
-            os.replace(part, newest)
-            sync_directory(self.directory)
-            self.saved = ckpt["iter"]
-            for path in checkpoints(self.directory)[self.keep :]:
-                path.unlink()
-        except Exception as e:
-            while e.__context__ and not isinstance(e, OSError):  # torch hides the disk's answer behind its own
-                e = e.__context__
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            last = f"the last good one is of step {self.saved}" if self.saved is not None else "there is none before"
-            ranks.print0(f"step {ckpt['iter']}: the checkpoint could not be written ({one_line(e)}); {last}")
-
-    def log(self, **entry):
-        """Append a line to log.jsonl, and to W&B's log. A full disk costs the line, but not the run."""
-        if ranks.master:
-            entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
-            try:
-                self._find_place()
-                with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as e:
-                ranks.print0(f"step {entry['iter']}: the log could not be written ({one_line(e)})")
-            if self.wandb:
-                self.wandb.log(entry, step=entry["iter"])
-
-
-def host_buffers(tensors, pin):
-    """Tensors like these in host memory, in one piece that is pinned as a whole: torch rounds each that it pins up to a
-    power of two, 28 GB in place of 19 for the 1B model."""
-    sizes = [-(-t.nbytes // 64) * 64 for t in tensors]
-    memory = np.empty(sum(sizes), np.uint8)
-    if pin:
-        try:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-        except RuntimeError as e:
-            with suppress(RuntimeError):  # CUDA keeps the error for the next launch of a kernel: let it be this one
-                torch.zeros(1, device="cuda")
-            ranks.print0(f"training will wait longer for checkpoints, as memory cannot be pinned: {one_line(e)}")
-    ends = itertools.accumulate(sizes)
-    pieces = (torch.from_numpy(memory[end - size :][: t.nbytes]) for t, size, end in zip(tensors, sizes, ends))
-    return [piece.view(t.dtype).view(t.shape) for t, piece in zip(tensors, pieces)]
-
-
-def logged_before(line, step):
-    """Whether a line of log.jsonl is whole, and was there when the checkpoint of this step was taken."""
     try:
-        entry = json.loads(line)
-        return entry["iter"] < step or (entry["iter"] == step and "val_loss" not in entry)
-    except (ValueError, KeyError, TypeError):
-        return False
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        sys.exit(f"there is no directory {name}, and the hub does not give it: {error}")
+
+
+# -----------------------------------------------------------------------------
+# the state of training
+
+
+def checkpoints(out_dir):
+    """The checkpoints of a run, oldest first."""
+    return sorted(path for path in Path(out_dir).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def latest_checkpoint(out_dir):
+    """The newest checkpoint that can be read, or None."""
+    for path in reversed(checkpoints(out_dir)):
+        try:
+            json.loads((path / "train.json").read_text())
+            for name in "model.safetensors", "train.safetensors":
+                safe_open(path / name, "pt")  # fails unless the file is as long as it should be
+            return path
+        except Exception as error:
+            if os.environ.get("RANK", "0") in ("", "0"):
+                print(f"{path} cannot be read ({error}); the checkpoint before it serves")
+    return None
+
+
+def save_checkpoint(out_dir, state, model, optimizer, average, tokenizer, files=(), keep=2):
+    """
+    Write a checkpoint beside its place, flush it, and rename it; the newest `keep` stay.
+    state: plain values, with "iter". files: to copy. What cannot be written, to a full disk, say,
+    is told and costs this checkpoint alone.
+    """
+    part = Path(out_dir, "part")
+    place = Path(out_dir, f"step-{state['iter']:07d}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        with average.in_use():
+            save_model(part, model, tokenizer)
+        name_of = {p: name for name, p in model.named_parameters()}
+        tensors = {f"weight/{name}": p.detach() for p, name in name_of.items()}
+        for p, values in optimizer.state.items():
+            for key, value in values.items():
+                tensors[f"{key}/{name_of[p]}"] = torch.as_tensor(value)
+        save_file(tensors, part / "train.safetensors")
+        write_json(part / "train.json", state)
+        for path in files:
+            shutil.copy(path, part)
+        for path in part.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        print(f"{place} cannot be written: {error}")
+        return
+    shutil.rmtree(place, ignore_errors=True)  # one that could not be read
+    part.rename(place)
+    for old in checkpoints(out_dir)[:-keep]:
+        shutil.rmtree(old)
+    print(f"saved {place}")
+
+
+def load_checkpoint(directory, model, optimizer, average):
+    """Put weights, moments and averages in place."""
+    averages = load_file(directory / "model.safetensors")
+    train = load_file(directory / "train.safetensors")
+    state, number = {}, {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            number[p] = len(number)  # as torch counts them in a state_dict
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(averages[hf_name(name)])
+        for name, p in model.named_parameters():
+            p.copy_(train.pop(f"weight/{name}"))
+            average.tensors[name].copy_(averages[hf_name(name)])
+            keys = [key for key in train if key.endswith(f"/{name}")]
+            if keys:
+                state[number[p]] = {key.partition("/")[0]: train[key] for key in keys}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,417 +1,391 @@
-"""HRM-Text (arXiv 2605.20613), the whole model in one file.
+"""
+HRM-Text (arXiv 2605.20613), the whole model in one file.
 
 Notable features:
-- two stacks of Transformer blocks, slow H and fast L, applied many times per token
-- MagicNorm: a stack is pre-norm inside and ends in one RMSNorm, so the recurrent state is renormalised at every step
-- for comparison, other recurrences over the same stacks (HRM.recurrence), and blocks with plain pre-norm or post-norm
-- gradient through `bp_steps` steps of the recurrence only: the last H-steps and the last L-steps
-- PrefixLM: a document's prefix (the instruction) attends to itself in both directions, its response causally
-- packed rows: many documents per row, which neither see nor move each other
-- precision is explicit: fp32 weights are cast once per step to `model.compute_dtype`; there is no autocast
+- two stacks of Transformer blocks, slow H and fast L, applied many times to every token
+- MagicNorm: a stack is pre-norm inside and ends in one norm
+- gradient through the last `bp_steps` steps of the recurrence only
+- PrefixLM: the instruction attends to itself in both directions, the response is causal
+- packed rows: many documents in a row, none of which sees another
+- rotary positions, sigmoid-gated attention, SwiGLU; no biases, no learned norm scales
+- fp32 weights, cast once per forward pass to `model.dtype`; no autocast
 
     model = HRM(HRMConfig(vocab_size=263, block_size=512, n_layer=4, n_head=2, n_embd=64))
-    logits, loss = model(idx, targets, doc, prefix, bp_steps=5)     # all (B, T)
+    logits, loss = model(idx, targets, doc, prefix, bp_steps=5)
     new_ids = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=32)
-    model = HRM.from_pretrained("sapientinc/HRM-Text-1B")           # or a directory, or train.py's out_dir
+    model = HRM.from_pretrained("out")  # a run, a directory or a hub id
 """
 
-from dataclasses import dataclass, fields
-from functools import partial
-from types import SimpleNamespace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
-from attention import FLEX_KERNELS, attend, flex_mask, padded_batches, working_kernel
-from common import brief
-from devices import compiled, upload
+import attention
+from attention import attend, flex_mask, padded_batches, upload
 
-IGNORE = -100  # target of positions that carry no loss
-RECURRENCES = ("hrm", "trm", "looped", "rins", "transformer")  # HRM.recurrence() tells what each is
-NORMS = ("magic", "pre", "post")
-LOGITS_PER_CHUNK = 2**28  # of the loss; a chunk takes 1 GB in fp32, and the peak is about 3 times that
-MAX_DEPTH = 10**4  # blocks that a forward pass may apply; the largest published model applies 288
+IGNORE = -100  # the target of a position without loss
+RECURRENCES = ("hrm", "trm", "looped", "rins", "transformer")  # side by side in HRM.recur()
+MAX_LOGITS = 2**26  # at a time, in the loss: 256 MB in fp32
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16
 
 
-# ---- configuration ----
 @dataclass
 class HRMConfig:
-    """Shape of a model; what is None follows from the rest. An impossible one raises ValueError, in one sentence."""
-
     vocab_size: int = 65536
-    block_size: int = 4096  # context: tokens in a row, so also the longest document
-    n_layer: int = 32  # blocks in all, half of them in each stack; of trm, whose stacks share weights, half exist
+    block_size: int = 4096  # tokens in a row, so also the longest document
+    n_layer: int = 32  # blocks in all, half of them in each stack
     n_head: int = 12
     n_embd: int = 1536
     H_cycles: int = 2  # H-steps per forward pass
     L_cycles: int = 3  # L-steps before each H-step
     recurrence: str = "hrm"  # one of RECURRENCES
-    norm: str = "magic"  # pre-norm blocks, a norm at a stack's exit; "pre": before lm_head instead; "post": after sums
-    prefix_lm: bool = True  # False: attention is causal in the prefix too; packed rows and caches follow
-    expansion: float = 4.0  # MLP width of a plain MLP, as a multiple of n_embd
-    n_ff: int | None = None  # MLP width; None: 2/3 of that (a gated MLP has three matrices), rounded up to 256s
-    head_dim: int | None = None  # None: n_embd / n_head
-    embed_scale: float | None = None  # factor of the embeddings; None: sqrt(n_embd), for unit variance at the start
+    norm: str = "magic"  # pre: one norm before lm_head, none at a stack's exit; post: after the sums
+    prefix_lm: bool = True  # False: the instruction is causal too
+    n_ff: int = 0  # MLP width; 0: 8/3 of n_embd, up to a multiple of 256
+    head_dim: int = 0  # 0: n_embd / n_head
+    embed_scale: float = 0.0  # of the embeddings; 0: sqrt(n_embd), for unit variance at the start
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        for field in fields(self):
-            value, as_float = getattr(self, field.name), field.type in (float, float | None)
-            fits = isinstance(value, field.type) or (as_float and isinstance(value, int))
-            if not fits or (isinstance(value, bool) and field.type is not bool):
-                raise ValueError(f"{field.name} of a model cannot be {brief(value)}")
-
-        def check(low, high, *names):
-            for name in names:
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} of a model must be {low} to {high}, not {brief(getattr(self, name))}")
-
-        for name, known in dict(recurrence=RECURRENCES, norm=NORMS).items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {', '.join(known)}, not {brief(getattr(self, name))}")
-        size, factor = (1, 2**31 - 1), (1e-15, 1e15)  # a factor's square fits into fp32
-        check(*size, "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "H_cycles", "L_cycles")
-        check(*factor, "expansion", "rope_theta", "norm_eps")
-        if self.n_ff is None:
-            self.n_ff = -(-round(self.expansion * self.n_embd * 2 / 3) // 256) * 256
-        if self.embed_scale is None:
-            self.embed_scale = self.n_embd**0.5
-        if self.head_dim is None:
-            if self.n_embd % (2 * self.n_head):
-                raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head})")
+        assert self.recurrence in RECURRENCES, f"recurrence must be one of {RECURRENCES}"
+        assert self.norm in ("magic", "pre", "post"), "norm must be magic, pre or post"
+        assert self.n_layer % 2 == 0, "n_layer must be even: each stack gets half of the blocks"
+        if not self.head_dim:
+            assert self.n_embd % self.n_head == 0, "n_embd must be a multiple of n_head"
             self.head_dim = self.n_embd // self.n_head
-        check(*size, "n_ff", "head_dim")
-        check(*factor, "embed_scale")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of channels")
-        if self.n_layer % 2:
-            raise ValueError(f"n_layer ({self.n_layer}) must be even: half of the blocks go into each stack")
-        if self.n_layer // 2 * self.n_steps > MAX_DEPTH:
-            depth = f"by n_layer, H_cycles and L_cycles, {self.n_layer // 2 * self.n_steps:,}"
-            raise ValueError(f"{depth} blocks follow each other in this model, and {MAX_DEPTH:,} may")
+        assert self.head_dim % 2 == 0, "n_embd / n_head must be even: positions turn pairs"
+        if not self.n_ff:
+            self.n_ff = -(-round(self.n_embd * 8 / 3) // 256) * 256
+        if not self.embed_scale:
+            self.embed_scale = self.n_embd**0.5
 
     @property
     def n_steps(self):
-        """Stacks that one forward pass applies, each of n_layer / 2 blocks."""
+        """How many times a forward pass applies a stack."""
         n = self.H_cycles * (self.L_cycles + 1)
-        return {"transformer": 2, "looped": n + n % 2}.get(self.recurrence, n)
+        if self.recurrence == "transformer":
+            return 2
+        if self.recurrence == "looped":
+            return n + n % 2
+        return n
 
 
-# ---- the mask rule ----
+# -----------------------------------------------------------------------------
+# the mask: packing and PrefixLM are one rule
+
+
 def visible_keys(doc, prefix):
-    """Packing and PrefixLM in one rule: query q of a row sees the keys first[q] <= k < last[q]. `first` is the start of
-    its document; `last` is the end of the prefix for a query in the prefix, and q + 1 for one in the response. Without
-    prefix_lm, forward() and the engine's prefill call nothing a prefix, so that packed rows and caches are causal.
-    doc (B, T) int, -1 for padding, prefix (B, T) bool -> first, last (B, T) int64."""
+    """
+    Query q of a row sees the keys first[q] <= k < last[q]: first is the start of its document;
+    last is the end of the instruction for a query inside it, else the next position.
+    doc (B, T) int numbers a row's documents, prefix (B, T) bool marks their instructions.
+    Returns first, last (B, T) int64.
+    """
     T = doc.size(1)
-    place = torch.arange(T, device=doc.device).expand_as(doc)
-    doc = torch.where(doc < 0, -1 - place // 64, doc)  # padding forms short documents, which cost little attention
+    pos = torch.arange(T, device=doc.device).expand_as(doc)
     starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
-    first = torch.where(starts, place, 0).cummax(1).values
-    ends = torch.where(starts | ~prefix, place, T)  # places before which a prefix ends: documents' starts, responses
-    prefix_end = F.pad(ends[:, 1:].flip(1).cummin(1).values.flip(1), (0, 1), value=T)
-    return first, torch.where(prefix, prefix_end, place + 1)
+    first = torch.where(starts, pos, 0).cummax(1).values
+    # an instruction ends at the next position that starts a document or is in no prefix
+    ends = torch.where(starts | ~prefix, pos, T)
+    next_end = ends[:, 1:].flip(1).cummin(1).values.flip(1)
+    next_end = F.pad(next_end, (0, 1), value=T)
+    return first, torch.where(prefix, next_end, pos + 1)
 
 
-# ---- a block ----
-# Two functions with attention between, compiled once for all blocks and steps: their shapes are static, and only
-# attention's follow the documents.
+# -----------------------------------------------------------------------------
+# a block
 
 
 def norm(x, eps):
-    """RMSNorm without a learned scale."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, rotate-half, in fp32. x (B, T, n_head, head_dim); cos, sin (B, T, 1, head_dim/2)."""
+    # x (B, T, n_head, head_dim); cos, sin (B, T, 1, head_dim / 2); in fp32
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def project_gqkv(x, gqkv_proj, cos, sin, eps, post_norm, linear=F.linear):
-    """x (B, T, n_embd) -> gate, query, key, value, each (B, T, n_head, head_dim)."""
-    gqkv = linear(x if post_norm else norm(x, eps), gqkv_proj)
-    g, q, k, v = gqkv.view(*x.shape[:2], 4, -1, 2 * cos.size(-1)).unbind(2)
-    scale = q.size(-1) ** -0.5  # of the attention scores; here it costs nothing, and attend() does not scale
-    # Of its own, so that the backward pass keeps a gate and a value and not all of gqkv for them.
-    return g.contiguous(), rotate(q, cos * scale, sin * scale), rotate(k, cos, sin), v.contiguous()
-
-
-def output_and_mlp(x, g, y, o_proj, gate_up_proj, down_proj, eps, post_norm, linear=F.linear):
-    """Add to x the gated output y of attention, then the MLP's."""
-    x = x + linear((torch.sigmoid(g) * y).flatten(2), o_proj)
-    normed = norm(x, eps)
-    a, b = linear(normed, gate_up_proj).chunk(2, dim=-1)
-    x = (normed if post_norm else x) + linear(F.silu(a) * b, down_proj)
-    return norm(x, eps) if post_norm else x
-
-
-def block(x, w, cos, sin, eps, post_norm, mask, compile=False):
-    """One Transformer block: x (B, T, n_embd), w a BlockWeights -> (B, T, n_embd). Its norms stand before attention and
-    MLP, or with post_norm after the sums."""
-    project, finish = (compiled(f) if compile else f for f in (project_gqkv, output_and_mlp))
-    g, q, k, v = project(x, w.gqkv_proj, cos, sin, eps, post_norm)
-    return finish(x, g, attend(q, k, v, mask), w.o_proj, w.gate_up_proj, w.down_proj, eps, post_norm)
-
-
-class BlockWeights(NamedTuple):
-    """The four matrices of a block, each (out, in), in the dtype of computation."""
-
-    gqkv_proj: torch.Tensor  # rows: gate, query, key, value
-    o_proj: torch.Tensor
-    gate_up_proj: torch.Tensor  # rows: gate, up
-    down_proj: torch.Tensor
-
-
-# ---- the loss ----
-def loss_of_logits(logits, ids, with_gradient):
-    """logits (N, vocab_size), ids (N, 1) -> the sum of the cross-entropies, how many ids have the largest logit, and
-    the gradient of the sum in the logits' dtype, or None. Compiled, it reads the logits twice and writes them once."""
-    log_p = logits.log_softmax(-1, dtype=torch.float32)
-    loss, n_correct = -log_p.gather(1, ids).sum(), (log_p.argmax(-1, keepdim=True) == ids).sum()
-    if not with_gradient:
-        return loss, n_correct, None
-    is_target = torch.arange(logits.size(-1), device=ids.device) == ids
-    return loss, n_correct, log_p.exp_().sub_(is_target.to(logits.dtype)).to(logits.dtype)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of h @ weight.T, and the number of targets whose logit is the largest.
-    h (N, n_embd), weight (vocab_size, n_embd), targets (N,). It works in chunks, as all logits of a large vocabulary
-    would fill the memory. A chunk's gradient is computed with its loss, so its logits need neither be kept nor
-    computed again."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, with_gradient, compile):
-        rows = max(LOGITS_PER_CHUNK // len(weight), 1)
-        total, n_correct, dh = torch.zeros((), device=h.device), torch.zeros((), device=h.device), []
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        for x, ids in zip(h.split(rows), targets[:, None].split(rows)):
-            logits = x @ weight.T
-            if compile:
-                torch._dynamo.maybe_mark_dynamic(logits, 0)
-                torch._dynamo.maybe_mark_dynamic(ids, 0)
-            loss, right, dlogits = (compiled(loss_of_logits) if compile else loss_of_logits)(logits, ids, with_gradient)
-            total, n_correct = total + loss, n_correct + right
-            if with_gradient:
-                dh.append(dlogits @ weight)
-                dweight += dlogits.T @ x
-        if with_gradient:
-            ctx.save_for_backward(torch.cat(dh), dweight.to(weight.dtype))
-        ctx.mark_non_differentiable(n_correct)
-        return total, n_correct
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        dh, dweight = ctx.saved_tensors
-        return dh * grad, dweight * grad, None, None, None
-
-
-# ---- the model ----
 def random_weight(n_out, n_in):
-    """Normal, truncated at 3 sigma, with a standard deviation of n_in**-0.5 after the truncation."""
-    sigma = n_in**-0.5 / 0.98658  # cutting a normal at 3 sigma leaves 0.98658 of its deviation
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(n_out, n_in), std=sigma, a=-3 * sigma, b=3 * sigma))
+    # normal, cut at 3 sigma, with a standard deviation of n_in**-0.5 after the cut
+    sigma = n_in**-0.5 / 0.98658
+    weight = nn.init.trunc_normal_(torch.empty(n_out, n_in), std=sigma, a=-3 * sigma, b=3 * sigma)
+    return nn.Parameter(weight)
+
+
+class Linear(nn.Module):
+    """Without bias. HRM.hidden() casts the fp32 weight once for its many uses in a pass."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = random_weight(n_out, n_in)
+
+    def cast(self, dtype):
+        # not as an attribute: in fp32 it is the parameter itself, which would be registered twice
+        self.__dict__["cast_weight"] = self.weight.to(dtype)
+
+    def forward(self, x):
+        if x.is_cpu and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            return (x[..., None, :] * self.cast_weight).sum(-1)  # one row: Inductor's loop is faster
+        return F.linear(x, self.cast_weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.n_head * config.head_dim
+        self.gqkv_proj = Linear(config.n_embd, 4 * width)  # gate, query, key, value
+        self.o_proj = Linear(width, config.n_embd)
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        B, T, _ = x.size()
+        gqkv = self.gqkv_proj(x).view(B, T, 4, -1, self.head_dim)
+        g, q, k, v = gqkv.unbind(2)  # each (B, T, n_head, head_dim)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        v = v.contiguous()  # of its own, or the backward pass keeps all of gqkv for it
+        if cache is not None:
+            k, v = cache.update(k, v)
+        y = torch.sigmoid(g) * attend(q, k, v, mask)  # a gate for each channel
+        return self.o_proj(y.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = Linear(config.n_embd, 2 * config.n_ff)
+        self.down_proj = Linear(config.n_ff, config.n_embd)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """The weights of a block, stored in fp32, in the order of BlockWeights; block() applies them."""
-
     def __init__(self, config):
         super().__init__()
-        self.gqkv_proj = random_weight(4 * config.n_head * config.head_dim, config.n_embd)
-        self.o_proj = random_weight(config.n_embd, config.n_head * config.head_dim)
-        self.gate_up_proj = random_weight(2 * config.n_ff, config.n_embd)
-        self.down_proj = random_weight(config.n_embd, config.n_ff)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+        self.eps = config.norm_eps
+        self.post_norm = config.norm == "post"
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        if self.post_norm:
+            x = norm(x + self.attn(x, cos, sin, mask, cache), self.eps)
+            return norm(x + self.mlp(x), self.eps)
+        x = x + self.attn(norm(x, self.eps), cos, sin, mask, cache)
+        return x + self.mlp(norm(x, self.eps))
+
+
+class Stack(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
+
+
+# -----------------------------------------------------------------------------
+# the model
 
 
 class HRM(nn.Module):
-    """The hierarchical recurrent language model, whose weights are fp32. set_compute() tells how it computes."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = random_weight(config.vocab_size, config.n_embd)
-        self.H = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2))
-        self.L = nn.ModuleList(Block(config) for _ in range(config.n_layer // 2) if config.recurrence != "trm")
-        self.lm_head = random_weight(config.vocab_size, config.n_embd)
-        self.register_buffer("z_L_init", nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3))
-        self.set_compute()
-        self.guidance = 0.0  # w of auto-guidance, which recurrence() applies
-        self.kl_threshold = 0.0  # of adaptive depth, which generation applies
-        self.engine = None  # of generation, which keeps its CUDA graphs
-        self.banned_ids = None  # a tensor of the ids that generation never yields: those without a token
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.weight = random_weight(config.vocab_size, config.n_embd)
+        self.H_module = Stack(config)
+        self.L_module = None if config.recurrence == "trm" else Stack(config)  # TRM: L is H
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        z_L_init = nn.init.trunc_normal_(torch.empty(config.n_embd), a=-3, b=3)
+        self.register_buffer("z_L_init", z_L_init)  # never trained
+        self.dtype = torch.float32  # of activations and products
+        self.recompute = False  # blocks in the backward pass: slower, less memory
+        self.guidance = 0.0  # w of auto-guidance, for hrm and trm
+        self.banned_ids = []  # never generated: they have no token
+        self.engine = None  # of generate.py
+        self.compiled = False
 
-    def set_compute(self, dtype=torch.float32, attention="auto", compile=False, recompute="none"):
-        """How to compute; may be called at any time. dtype: of activations and products; weights keep their own.
-        attention: "sdpa", one of FLEX_KERNELS, or "auto": flex if compiled on CUDA, else sdpa. compile: the blocks,
-        one for all, as the unrolled recurrence would take minutes. recompute: what the backward pass computes anew, to
-        save memory: with "inputs", if compiled, what the norms and gates give to the products, with "blocks" all; what
-        has been compiled before keeps its own."""
-        known = dict(attention=("auto", "sdpa", *FLEX_KERNELS), recompute=("none", "inputs", "blocks"))
-        for name, value in dict(attention=attention, recompute=recompute).items():
-            if value not in known[name]:
-                raise ValueError(f"{name} must be {', '.join(known[name])}, not {value}")
-        if attention in FLEX_KERNELS and attention != "flex":
-            attention = working_kernel(attention, self.config.n_head, self.config.head_dim, self.embed.device, dtype)
-        self.compute_dtype, self.attention, self.compile_blocks, self.recompute = dtype, attention, compile, recompute
-        functorch.ban_recompute_materialized_backward = recompute != "inputs"
+    def recur(self, x, apply, bp_steps=None):
+        """
+        Embeddings x (B, T, n_embd) -> the final z_H. apply(stack, z) applies a stack's blocks.
 
-    def cast_weights(self):
-        """The weights in the dtype of computation, for all uses in a step; gradients reach the originals."""
+        hrm          L_cycles times z_L = L(z_L + z_H), then z_H = H(z_H + z_L); H_cycles times
+        trm          the same, but H and L share their weights (arXiv 2510.04871)
+        looped       z = L(H(z + x)), both stacks as one
+        rins         z = H(z + x) in all steps but the last, which is L(z) (arXiv 2502.07503)
+        transformer  L(H(x)), once
 
-        def cast(w):
-            w = w.to(self.compute_dtype)
-            if w.grad_fn is not None:  # else autograd leaves the casts, its oldest nodes, to the end of its pass
-                w.grad_fn._set_sequence_nr(2**63 - 1)
-            return w
-
-        H, L = ([BlockWeights(*map(cast, block.parameters())) for block in stack] for stack in (self.H, self.L))
-        return SimpleNamespace(H=H, L=L or H, lm_head=cast(self.lm_head))  # those of trm are the same
-
-    def backward_order(self):
-        """The parameters, in the order in which a backward pass completes their gradients."""
-        return [self.lm_head, *reversed([*self.L.parameters()]), *reversed([*self.H.parameters()]), self.embed]
-
-    def recurrence(self, idx, pos, weights, run_block, bp_steps=None, settled=None):
-        """Tokens idx (B, T) at positions pos (B, T) of their documents -> final z_H (B, T, n_embd), what lm_head reads.
-        run_block(x, block_weights, cos, sin) applies one block; H and L apply the blocks of a stack, one step each:
-
-        hrm          L_cycles times z_L = L(z_L + z_H), then z_H = H(z_H + z_L), all that H_cycles times
-        trm          the same, where H and L share their weights (arXiv 2510.04871)
-        looped       z = L(H(z + x)), both stacks as one, for the next even number of steps
-        rins         z = H(z + x) in all steps but the last, that is L(z) (arXiv 2502.07503: r = n_steps - 1, x once)
-        transformer  L(H(x)), both stacks as one, in two steps
-
-        Here x, or the first z_H, are the embeddings, and the first z, or z_L, is z_L_init. All but the last take
-        H_cycles * (L_cycles + 1) steps, and so, of one shape and bp_steps, the same FLOP per token.
-
-        With bp_steps = K, the last K steps carry gradient, but of hrm and trm the last min(H_cycles, K - 1) H-steps and
-        the last L-steps, up to K in all (the paper's deep credit assignment). None: all, which is full backpropagation.
-
-        Auto-guidance (the paper's), of hrm and trm, gives (1 + w) z_H - w z_H of the H-step before: as the head is
-        linear, the logits are then combined just so. settled(z_H), of hrm and trm, is asked after each H-step, and ends
-        the recurrence by returning True."""
+        Only the last bp_steps steps carry gradient; for hrm and trm, min(H_cycles, bp_steps - 1)
+        of them are the last H-steps, the rest the last L-steps (the paper's). None: all steps.
+        """
         config = self.config
-        n, K = config.n_steps, config.n_steps if bp_steps is None else bp_steps
-        if not 2 <= K <= n:
-            raise ValueError(f"bp_steps must be from 2 to {n}, the steps of this recurrence, not {K}")
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=pos.device) / config.head_dim)
-        angle = pos[:, :, None, None] * frequency  # (B, T, 1, head_dim/2), fp32
-        cos, sin = angle.cos(), angle.sin()
+        H = self.H_module
+        L = self.L_module or H
+        n = config.n_steps
+        if bp_steps is None:
+            bp_steps = n
+        assert 2 <= bp_steps <= n, f"bp_steps must be from 2 to {n}, not {bp_steps}"
         grad_enabled = torch.is_grad_enabled()
 
-        def apply_stack(stack, z, injection, requires_grad, ends=True):
-            with torch.set_grad_enabled(grad_enabled and requires_grad):
-                x = z + injection
-                if torch.is_grad_enabled() and not x.requires_grad:
-                    x.requires_grad_()  # a block's input then always requires gradient, which spares a compilation
-                for block_weights in stack:
-                    x = run_block(x, block_weights, cos, sin)
-                return norm(x, config.norm_eps) if ends and config.norm == "magic" else x
+        def step(stack, z, with_grad, is_exit=True):
+            with torch.set_grad_enabled(grad_enabled and with_grad):
+                z = apply(stack, z)
+                if is_exit and config.norm == "magic":
+                    z = norm(z, config.norm_eps)
+                return z
 
         def read_out(z):
             return norm(z, config.norm_eps) if config.norm == "pre" else z
 
-        H, L = weights.H, weights.L
-        x = (F.embedding(idx, self.embed) * config.embed_scale).to(self.compute_dtype)
-        z = self.z_L_init.to(self.compute_dtype).expand_as(x)
+        z_before = None
+        z = self.z_L_init.to(x.dtype).expand_as(x)
         if config.recurrence in ("hrm", "trm"):
-            z_H, z_L, H_grad = x, z, min(config.H_cycles, K - 1)
-            first_H = config.H_cycles - H_grad  # the first of each kind that carries gradient, counted over all rounds
-            first_L = config.H_cycles * config.L_cycles - (K - H_grad)
-            for h in range(config.H_cycles):
-                for l in range(h * config.L_cycles, (h + 1) * config.L_cycles):
-                    z_L = apply_stack(L, z_L, z_H, l >= first_L)
-                before, z_H = z_H, apply_stack(H, z_H, z_L, h >= first_H)
-                if settled and settled(read_out(z_H)):
-                    break
-            return torch.lerp(read_out(before), read_out(z_H), 1 + self.guidance) if self.guidance else read_out(z_H)
-        if config.recurrence == "rins":
+            z_H, z_L = x, z
+            H_grad = min(config.H_cycles, bp_steps - 1)
+            L_grad = bp_steps - H_grad
+            for rounds_left in range(config.H_cycles, 0, -1):
+                for i in range(config.L_cycles):
+                    L_left = rounds_left * config.L_cycles - i
+                    z_L = step(L, z_L + z_H, L_left <= L_grad)
+                z_before = z_H
+                z_H = step(H, z_H + z_L, rounds_left <= H_grad)
+            z = z_H
+        elif config.recurrence == "rins":
             for i in range(n - 1):
-                z = apply_stack(H, z, x, i >= n - K)
-            return read_out(apply_stack(L, z, 0, True))
-        z = z if config.recurrence == "looped" else 0
-        for i in range(0, n, 2):
-            z = apply_stack(H, z, x, i >= n - K, ends=False)
-            z = apply_stack(L, z, 0, i + 1 >= n - K)
+                z = step(H, z + x, i >= n - bp_steps)
+            z = step(L, z, True)
+        else:
+            if config.recurrence == "transformer":
+                z = torch.zeros_like(x)
+            for i in range(0, n, 2):
+                z = step(H, z + x, i >= n - bp_steps, is_exit=False)
+                z = step(L, z, i + 1 >= n - bp_steps)
+        if self.guidance:  # the head is linear, so this combines the logits of both H-steps
+            assert z_before is not None, "guidance compares H-steps, which this model does not have"
+            return torch.lerp(read_out(z_before), read_out(z), 1 + self.guidance)
         return read_out(z)
 
-    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None, weights=None, at=None):
-        """idx, targets: (B, T) int64, targets IGNORE where there is no loss; doc: (B, T) int, each token's document,
-        -1 for padding (None: a row is one document); prefix: (B, T) bool, from a document's start (None: all causal).
-        All are best in host memory: nothing here then waits for the device. weights: self.cast_weights(), if several
-        micro-batches share them. This pass computes the head's gradient too, unless under torch.no_grad(). at: (N,)
-        int64, positions in the flattened rows whose logits are wanted, where there are no targets (None: all).
-        Returns (logits (B, T, vocab_size), or (N, vocab_size), fp32, None) without targets, else (None, mean loss over
-        targets); then self.n_correct is the number of targets predicted, on the device.
-        Raises ValueError if T exceeds block_size or bp_steps is out of range."""
+    def hidden(self, idx, pos, mask, bp_steps=None, caches=None):
+        """
+        Tokens idx (B, T) at the positions pos (B, T) of their documents -> z_H (B, T, n_embd),
+        which lm_head reads. caches: of generation, one for each block at each step, in order.
+        """
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.cast(self.dtype)
+        channel = torch.arange(0, config.head_dim, 2, device=pos.device)
+        angle = pos[:, :, None, None] * config.rope_theta ** -(channel / config.head_dim)
+        cos, sin = angle.cos(), angle.sin()  # (B, T, 1, head_dim / 2)
+        caches = iter(caches or ())
+
+        def apply(stack, x):
+            for block in stack.layers:
+                args = x, cos, sin, mask, next(caches, None)
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, *args, use_reentrant=False)
+                else:
+                    x = block(*args)
+            return x
+
+        x = F.embedding(idx, self.embed_tokens.weight) * config.embed_scale
+        return self.recur(x.to(self.dtype), apply, bp_steps)
+
+    def forward(self, idx, targets=None, doc=None, prefix=None, bp_steps=None):
+        """
+        idx, targets (B, T) int64; doc (B, T) int, -1 for padding, None for one document per row;
+        prefix (B, T) bool. Best in host memory: then nothing here waits for the device.
+        Returns (logits (B, T, vocab_size), None) without targets, else (None, the mean loss over
+        the targets that are not IGNORE); self.correct (N,) then tells which of
+        targets[targets != IGNORE] are predicted.
+        """
         T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"rows of {T} tokens exceed the model's block_size of {self.config.block_size}")
-        weights = weights or self.cast_weights()
-        device = self.embed.device
+        assert T <= self.config.block_size, f"{T} tokens exceed block_size {self.config.block_size}"
+        device = self.lm_head.weight.device
         if doc is None:
             doc = torch.zeros_like(idx)
         if prefix is None or not self.config.prefix_lm:
             prefix = torch.zeros_like(doc, dtype=torch.bool)
         first, last = visible_keys(doc, prefix)
-        pos = upload(torch.arange(T, device=first.device) - first, device)
-        if self.uses_flex():
-            kernel = "flex" if self.attention == "auto" else self.attention
-            mask = flex_mask(upload(first, device), upload(last, device), kernel)
+        pos = torch.arange(T, device=first.device) - first  # restarts in every document
+        # uncompiled, flex_attention makes all (T, T) scores
+        if device.type == "cuda" and self.compiled and targets is not None:
+            mask = flex_mask(first, last, device)
         else:
-            mask = padded_batches(first.cpu(), last.cpu(), self.config.n_head, device, self.compute_dtype)
-        norms = dict(eps=self.config.norm_eps, post_norm=self.config.norm == "post")
-        run_block = partial(block, **norms, mask=mask, compile=self.compile_blocks)
-        if self.recompute == "blocks":
-            run_block = partial(checkpoint, run_block, use_reentrant=False)
-        h = self.recurrence(upload(idx, device), pos, weights, run_block, bp_steps)
+            n_head = self.config.n_head
+            mask = padded_batches(first.cpu(), last.cpu(), n_head, device, self.dtype)
+        z = self.hidden(upload(idx, device), upload(pos, device), mask, bp_steps)
         if targets is None:
-            h = h if at is None else h.flatten(0, 1).index_select(0, upload(at, device))
-            return F.linear(h, weights.lm_head).float(), None
+            return self.lm_head(z).float(), None
         at = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # logits of targets only
-        h, targets = h.flatten(0, 1).index_select(0, upload(at, device)), upload(targets.flatten()[at], device)
-        options = torch.is_grad_enabled(), self.compile_blocks
-        total, self.n_correct = CrossEntropy.apply(h, weights.lm_head, targets, *options)
-        return None, total / max(len(at), 1)
+        targets = upload(targets.flatten()[at], device)
+        z = z.flatten(0, 1).index_select(0, upload(at, device))
+        return None, self.loss_sum(z, targets) / max(len(at), 1)
 
-    def uses_flex(self):
-        """Whether attention runs by FlexAttention, and not over padded batches of documents."""
-        by_default = self.embed.device.type == "cuda" and self.compile_blocks and self.config.head_dim >= 16
-        return self.attention in FLEX_KERNELS or (self.attention == "auto" and by_default)
+    def loss_sum(self, z, targets):
+        """The sum of the cross-entropies. All logits of a large vocabulary would fill the memory,
+        so this works in chunks of positions, whose logits the backward pass computes again."""
+
+        def chunk_loss(z, targets):
+            logits = self.lm_head(z).float()
+            correct = logits.argmax(-1) == targets
+            return F.cross_entropy(logits, targets, reduction="sum"), correct
+
+        size = max(1, MAX_LOGITS // self.config.vocab_size)
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        chunks = zip(z.split(size), targets.split(size))
+        losses, correct = zip(*(checkpoint(chunk_loss, *chunk, **options) for chunk in chunks))
+        self.correct = torch.cat(correct)
+        return torch.stack(losses).sum()
+
+    def compile_blocks(self, **options):
+        """torch.compile on the block: one compilation serves all blocks and steps."""
+        self.compiled = True
+        # the shapes of padded batches change each time
+        attention.attend_padded = torch.compiler.disable(attention.attend_padded)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile(**options)
 
     def flops_per_token(self, bp_steps):
-        """Matrix-multiply FLOP of one training step per token, attention scores excluded: 2 per weight and use forward,
-        4 backward, where every position counts as one that goes through the head."""
-        c = self.config
-        stack = sum(p.numel() for p in self.H.parameters())  # what a step applies
-        return stack * (2 * c.n_steps + 4 * bp_steps) + 6 * c.vocab_size * c.n_embd
+        """Of the products in a training step, without attention scores: 2 FLOP for a weight in
+        each step forward, 4 backward. Each token counts as one that goes through the head."""
+        config = self.config
+        stack = sum(p.numel() for p in self.H_module.parameters())
+        head = config.vocab_size * config.n_embd
+        return stack * (2 * config.n_steps + 4 * bp_steps) + 6 * head
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, stop_token=None, temperature=0.0):
+        """
+        The new ids that continue each prompt, a list of ids. Plain, and slow: it reads all again
+        for each id. generate.py does the same with caches, for many prompts at a time.
+        """
+        answers = []
+        for prompt in prompts:
+            ids = list(prompt)
+            while len(ids) < len(prompt) + max_new_tokens and len(ids) <= self.config.block_size:
+                idx = torch.tensor([ids])
+                prefix = torch.arange(len(ids))[None] < len(prompt)
+                logits = self(idx, prefix=prefix)[0][0, -1]
+                if temperature == 0:
+                    new = logits.argmax().item()
+                else:
+                    new = torch.multinomial((logits / temperature).softmax(-1), 1).item()
+                if new == stop_token:
+                    break
+                ids.append(new)
+            answers.append(ids[len(prompt) :])
+        return answers
 
     @classmethod
-    def from_pretrained(cls, name, average=True):
-        """The fp32 model of a directory that train.py wrote (its averaged weights, unless `average` is False), or of a
-        directory or hub id in the Hugging Face layout. Raises ValueError or OSError if it is not exactly this model."""
-        from checkpoint import load_pretrained
+    def from_pretrained(cls, name):
+        """The averaged weights of a run's out_dir, or a directory or hub id in the HF layout."""
+        from checkpoint import load_model
 
-        return load_pretrained(name, average).eval()
-
-    def generate(self, prompts, max_new_tokens, **options):
-        """The new ids that continue each of the prompts, which are lists of ids. Options: see generate.stream()."""
-        from generate import generate
-
-        return generate(self, prompts, max_new_tokens, **options)
-
-
-def weight_shapes(config, n_tensors):
-    """{name: shape} of a model's weights. Raises ValueError if n_tensors, found in a file, cannot be all of them."""
-    if config.n_layer > n_tensors:  # found before memory is spent on that many blocks
-        raise ValueError(f"it has {n_tensors} tensors, too few for {config.n_layer} blocks")
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in HRM(config).state_dict().items()}
+        return load_model(name)

@@ -1,68 +1,73 @@
-"""The optimizer: Adam-atan2 with decoupled weight decay, which also keeps a moving average of the weights (EMA)."""
+"""
+Adam-atan2 (Everett et al. 2024) with decoupled weight decay, and the moving average of the weights.
+
+atan2 takes the place of Adam's division: it needs no epsilon, and it bounds every update. The
+average stands apart from the optimizer, so any torch.optim.Optimizer can take AdamATan2's place.
+"""
 
 from contextlib import contextmanager
 
 import torch
 
-from devices import compiled
 
-
-def adam_atan2(p, grad, m, v, ema, lr, correction1, correction2, ema_rate, beta1, beta2, weight_decay):
-    """One step on one tensor, in place. The corrections are 1 - beta**t, ema_rate 1 - its decay; ema may be None."""
+def adam_atan2(p, grad, m, v, lr, correction1, correction2, beta1, beta2, weight_decay):
+    """One step on one tensor, in place. The corrections are 1 - beta**t."""
     p.mul_(1 - lr * weight_decay)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     p.sub_(torch.atan2(m, (v / correction2).sqrt()) * (lr / correction1))
-    if ema is not None:
-        ema.lerp_(p, ema_rate)
 
 
 class AdamATan2(torch.optim.Optimizer):
-    """Adam with atan2 in place of the division (Everett et al. 2024), which needs no epsilon and bounds every update,
-    and, if `ema` is a decay rate, the weights' moving average. A parameter without gradient is left untouched.
-    compile: a step is one pass over memory, which on a CPU takes a quarter of the time."""
+    """A parameter without a gradient is left alone. compile: a step is one pass over memory."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.1, ema=None, compile=False):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, ema=ema))
-        self.update = compiled(adam_atan2, dynamic=True) if compile else adam_atan2
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-                if ema is not None:
-                    self.state[p]["ema"] = p.detach().clone()
+    def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.1, compile=False):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+        self.update = torch.compile(adam_atan2, dynamic=True) if compile else adam_atan2
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            (beta1, beta2), scalars = group["betas"], {}
-            for p in (p for p in group["params"] if p.grad is not None):
+            beta1, beta2 = group["betas"]
+            numbers = {}  # of a step t, as tensors: each new number would be compiled anew
+            for p in group["params"]:
+                if p.grad is None:  # with 2 bp_steps, the embedding has none
+                    continue
                 state = self.state[p]
-                t = state["step"] = state["step"] + 1
-                if t not in scalars:  # as tensors: a new number would be compiled anew; full() does not wait
-                    numbers = group["lr"], 1 - beta1**t, 1 - beta2**t, 1 - (group["ema"] or 0)
-                    scalars[t] = [torch.full((), x, device=p.device) for x in numbers]
-                tensors = p.detach(), p.grad, state["m"], state["v"], state.get("ema")
-                flat = (x if x is None else x.view(-1) for x in tensors)  # so that all shapes share one compilation
-                self.update(*flat, *scalars[t], beta1, beta2, group["weight_decay"])
+                if not state:
+                    state.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["step"] += 1
+                t = state["step"].item()
+                if t not in numbers:
+                    values = group["lr"], 1 - beta1**t, 1 - beta2**t
+                    numbers[t] = [torch.full((), x, device=p.device) for x in values]  # no wait
+                tensors = p.detach(), p.grad, state["m"], state["v"]
+                flat = [x.view(-1) for x in tensors]  # all shapes share one compilation
+                self.update(*flat, *numbers[t], beta1, beta2, group["weight_decay"])
 
-    def keep_average(self, keep):
-        """Start the moving average at the weights where there is none, or drop it."""
-        for p, state in self.state.items():
-            if keep:
-                state.setdefault("ema", p.detach().clone())
-            else:
-                state.pop("ema", None)
+
+class MovingAverage:
+    """The exponential moving average (EMA) of a model's weights: what is evaluated and exported."""
+
+    def __init__(self, model):
+        self.model = model
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, decay):
+        """After a step: average = decay * average + (1 - decay) * weights."""
+        weights = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)
 
     @contextmanager
-    def averaged(self):
-        """Inside, the parameters hold their moving averages, where there are any."""
-        self._swap()
+    def in_use(self):
+        """Inside, the model has the averaged weights."""
+        self.swap()
         try:
             yield
         finally:
-            self._swap()
+            self.swap()
 
-    def _swap(self):
-        for p, state in self.state.items():
-            if "ema" in state:
-                p.data, state["ema"] = state["ema"], p.data
+    def swap(self):
+        for name, p in self.model.named_parameters():
+            p.data, self.tensors[name] = self.tensors[name], p.data
