@@ -1,6 +1,7 @@
 """
 The published 1B model: 60B tokens, 40B of them unique (46 hours on 16 H100 with the published code).
 
+    python -m tools.train_tokenizer config/hrm1b.py --out=tokenizer-hrm1b     # pip install tokenizers
     python data.py config/hrm1b.py
     torchrun --standalone --nproc_per_node=8 train.py config/hrm1b.py
 """
@@ -22,9 +23,7 @@ mixture = [  # documents of each file per epoch; the first rule that fits counts
     dict(files=("Platypus__*", "omnimath.jsonl", "gsm8k_train.jsonl", "math_train.jsonl"), repeat=10),
     dict(files=("webinstruct_verified.jsonl", "no_robots.jsonl"), repeat=10),
 ]
-tokenizer = "train:65536"
-pat_str = "hrm"  # split and normalized as for the published model
-normalizer = "NFC"
+tokenizer = "tokenizer-hrm1b"  # of 65,536 ids, split and normalized as for the published model
 val_fraction = 0.0001
 skip_bad = True  # and count
 
@@ -32,8 +31,7 @@ skip_bad = True  # and count
 out_dir = "out-hrm1b"
 block_size = 4096
 batch_size = 48  # 196,608 tokens per step
-micro_batch_size = 2  # for 80 GB: allocates 64 GB (3 rows: 83); for 141 GB: 6, 138 GB. With recompute =
-# "blocks", 8 rows take 39 GB. By torch's allocator on a simulated card, not on hardware
+micro_batch_size = 2  # for 80 GB: 63 GB; for 141 GB: 6, 136 GB; docs/gpus.md has a table (simulated)
 n_layer = 32
 n_head = 12
 n_embd = 1536

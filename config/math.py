@@ -2,12 +2,21 @@
 Grade-school and competition mathematics from where it is published, each problem with its working and without: how a
 mixture maps sources of other shapes. For one GPU.
 
+    python -m tools.train_tokenizer config/math.py --vocab_size=16384 --out=tokenizer-math
     python data.py config/math.py        # from the hub
     python train.py config/math.py
     python eval.py --out_dir=out-math --tasks=gsm8k,math
 """
 
 import re
+
+
+def worked_and_number(row):
+    """GSM8K: the working without the calculator's <<48/2=24>>, and the number alone."""
+    answer = re.sub(r"<<[^<>]*>>", "", row["answer"])
+    number = answer.rpartition("####")[2].strip()
+    working = {"instruction": row["question"], "response": answer, "condition": "cot"}
+    return [working, {**working, "response": number, "condition": "direct"}]
 
 
 def worked_and_boxed(row):
@@ -31,19 +40,16 @@ def without_thoughts(row):
 
 # data.py
 dataset = "math"
-_gsm8k = dict(source="openai/gsm8k", source_config="main", strip_annotations=True)
-_gsm8k["fields"] = {"instruction": "question", "response": "answer"}
 _subjects = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 mixture = [
-    dict(name="gsm8k cot", **_gsm8k, answer="cot", repeat=3),
-    dict(name="gsm8k direct", **_gsm8k, answer="direct", repeat=3),
+    dict(name="GSM8K", source="openai/gsm8k", source_config="main", rows=worked_and_number, repeat=3),
     *(
         dict(name=f"MATH {s}", source="EleutherAI/hendrycks_math", source_config=s, rows=worked_and_boxed, repeat=3)
         for s in _subjects.split()
     ),
     dict(name="thoughts", source="open-thoughts/OpenThoughts2-1M", rows=without_thoughts, cap=20_000),
 ]
-tokenizer = "train:16384"
+tokenizer = "tokenizer-math"
 val_fraction = 0.01
 skip_bad = True  # and count
 

@@ -1,47 +1,54 @@
 """
-The paper's questions on a laptop: how much is the recurrence, how much the objective and the mask, and the credit?
+The paper's questions on a laptop: how much is the recurrence, how much the mask and the objective,
+and how much the credit assignment?
 
-    python grid.py config/grid/laptop.py        # 72 runs, under 3 hours on 2 cores; resumable at any moment
+$ python -m tools.grid config/grid/laptop.py   # 72 runs; resumable
 
-All cells have the demo's width and blocks and the same training FLOP, so a Transformer, which applies its blocks once,
-sees more than twice the tokens of an HRM. TRM, whose stacks share their weights, has half of the weights in blocks.
+All cells have the same width, blocks and training FLOP. So a Transformer, which applies its blocks
+once, sees more than twice the tokens of an HRM; and TRM, whose stacks share their weights, has half
+of the weights in blocks.
 """
 
-# grid.py
-out_dir = "out-grid-laptop"
-_credit = dict(bp_min=8, bp_max=8)  # full backpropagation: H_cycles * (L_cycles + 1) steps
+# tools/grid.py
+out_dir = "out-grid"
+_full = dict(bp_min=8, bp_max=8)  # backpropagation: H_cycles * (L_cycles + 1) steps
 _causal = dict(prefix_lm=False)
-_transformer = dict(recurrence="transformer")
-grid = [
-    # recurrence: response-only, PrefixLM
-    dict(name="hrm"),  # credit rises from K = 2 to 5
+_causal_all = dict(prefix_lm=False, loss_on="all")
+cells = [
+    # the recurrence, with PrefixLM and the loss of responses
+    dict(name="hrm"),  # bp_steps rises from 2 to 5
     dict(name="trm", recurrence="trm"),
-    dict(name="looped", recurrence="looped", **_credit),
-    dict(name="rins", recurrence="rins", **_credit),
-    dict(name="transformer", **_transformer),
-    # objective and mask
+    dict(name="looped", recurrence="looped", **_full),
+    dict(name="rins", recurrence="rins", **_full),
+    dict(name="transformer", recurrence="transformer"),
+    # the mask and the objective
     dict(name="hrm-causal", **_causal),
-    dict(name="hrm-causal-all", against="hrm-causal", loss_on="all", **_causal),
-    dict(name="transformer-causal", against="transformer", **_transformer, **_causal),
-    dict(name="transformer-causal-all", against="transformer-causal", **_transformer, loss_on="all", **_causal),
-    # credit assignment
+    dict(name="hrm-causal-all", against="hrm-causal", **_causal_all),
+    dict(name="transformer-causal", against="transformer", recurrence="transformer", **_causal),
+    dict(
+        name="transformer-causal-all",
+        against="transformer-causal",
+        recurrence="transformer",
+        **_causal_all,
+    ),
+    # the credit assignment
     dict(name="hrm-K2", bp_max=2),
     dict(name="hrm-K5", bp_min=5),
-    dict(name="hrm-K8", **_credit),
+    dict(name="hrm-K8", **_full),
 ]
 curves = ["hrm", "trm", "looped", "rins", "transformer"]
-_made = dict(n_problems=40000, n_val_problems=1000)
+_puzzles = "python -m tools.puzzles --kind=lists --level=3 --out=puzzles-lists3"
+_data = "python data.py --dataset=lists3 --source=puzzles-lists3 --val_split=val"
 tasks = [
-    dict(dataset="problems", source="problems", **_made),  # word problems, with working
-    dict(dataset="lists3", source="lists:3", **_made),  # three operations on six digits, without
+    # word problems, with their working; three operations on six digits, without
+    dict(name="problems", dataset="problems", make=["python data.py"], flops=8e12),
+    dict(name="lists3", dataset="lists3", make=[_puzzles, _data], flops=8e12),
 ]
 seeds = [0, 1, 2]
-budget = 8e12  # FLOP: 3.2 million tokens of HRM, 8.5 million of the Transformer
 points = 6
 jobs = 2
-threads = 1
 
-# train.py, for all cells: config/demo.py's, but for rate, credit and intervals
+# train.py
 device = "cpu"
 batch_size = 2
 block_size = 1024
