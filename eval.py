@@ -1,24 +1,19 @@
-"""Scores of a trained model on benchmarks, with its averaged weights.
+"""
+Score a model on benchmarks, with its averaged weights.
 
-    python eval.py                                                   # the model in out/, on held-out rows of its data
-    python eval.py --out_dir=out-gsm8k --tasks=gsm8k --limit=100     # GSM8K's test set, from the hub
-    python eval.py --tasks=arc,boolq --data_dir=DIR --save_generations=True     # local files: DIR/arc_challenge, ...
-    python eval.py --init_from=sapientinc/HRM-Text-1B --tasks=paper --out_dir=out-published    # the paper's table
-    torchrun --nproc_per_node=8 eval.py --tasks=paper                # questions shared among 8 GPUs
-    python eval.py --sweep=guidance=-0.5,-0.1,0,0.1,0.5              # or H_cycles, L_cycles: a table, task by value
-    python eval.py --H_cycles=4 --sweep=kl_threshold=0,0.01,0.1      # adaptive depth: scores, H-cycles spent, a picture
-    python eval.py --compare=out-a,out-b                             # paired, of two runs with --save_generations=True
+$ python eval.py                                              # the model in out/, on held-out documents
+$ python eval.py --tasks=gsm8k --limit=100                    # of GSM8K's test set, from the hub
+$ python eval.py --tasks=arc,boolq --data_dir=DIR             # local files, in DIR/arc_challenge, ...
+$ python eval.py --tasks=quiz.jsonl --save_generations=True   # your own prompts and answers
+$ python eval.py --init_from=sapientinc/HRM-Text-1B --tasks=paper --out_dir=out-published
+$ torchrun --nproc_per_node=8 eval.py --tasks=paper           # 8 GPUs share the questions
 
-Prints a table and writes out_dir/eval.json and eval.md; with save_generations also out_dir/generations-<task>.jsonl. A
-generation without an answer is reported as invalid, one that reaches max_new_tokens or the end of the context as cut
-off. A prompt too long for the context loses its last shots, one by one, and is counted as shortened; one that is too
-long without any is counted as over-long, and wrong. A task whose rows are not in data_dir is left out, unless it is the
-only one. Ctrl-C prints the table so far; answers are kept in out_dir as they come, and the same command goes on with
-the rest.
-
-With --mcq=likelihood the answer is the choice whose tokens have the largest sum of log p right after the prompt: with
-no space before it, as responses have none, without eoa, and not divided by its length, as choices are letters. So does
-acc of lm-evaluation-harness, by lm_eval_hrm.py with --apply_chat_template; without that it puts a space before them.
+The table also goes to out_dir/eval.json, task by task. A task that is there, of the same model,
+settings, questions and code, is not asked again; an interrupted one starts over. In the table:
+invalid    answers without anything to compare
+cut_off    answers that reach their limit of tokens
+shortened  prompts that leave no room for an answer, and so lose their last shots
+too_long   prompts that leave none even without shots; they count as wrong
 """
 
 from configurator import configure
@@ -26,171 +21,310 @@ from configurator import configure
 import hashlib
 import json
 import os
+import signal
 import sys
-from contextlib import nullcontext
+from collections import defaultdict
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
-import ranks
-from checkpoint import checkpoints
-from common import errors_name_file, exit_on_error, local_directory, one_line, replace_file
-from evaluate import finish, plan, run
-from generate import load_for_inference
-from ranks import print0
-from results import compare as compare_runs
-from results import figures_of, markdown, terminal
-from sweep import run_sweep
-from tasks import find_tasks
-from tokenizer import condition_tags, encode_prompt, fingerprint, read_meta
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
 
-# ---- settings ----
-out_dir = "out"  # of train.py; results go there too
-init_from = ""  # in place of its model, one in the Hugging Face layout: a directory or a hub id
-tasks = "heldout"  # of tasks.py, with commas between; heldout: the model's own validation documents; paper: its eight
+from checkpoint import find_directory
+from generate import load_for_inference, stream
+from tasks import PAPER, find_task, load_questions, majority_at, pass_at
+from tokenizer import known_conditions
+
+# -----------------------------------------------------------------------------
+out_dir = "out"  # of train.py; results go there, too
+init_from = ""  # in place of its model: a directory or a hub id
+tasks = "heldout"  # of tasks.py, with commas between; paper: the eight of the paper's table
 data_dir = ""  # of local copies of the benchmarks, a directory for each; "": from the hub
 limit = 0  # questions per task; 0: all, but 1,000 of heldout
-condition = ""  # of the prompts, but for heldout: a tag, several, or none; "": the task's, if the model knows it
-mcq = "token"  # of choices with one-token answers: token (generate it) or likelihood (take the likeliest choice)
-samples = 0  # answers per question of tasks with a temperature, which are those of AIME; 0: the task's own
-batch_size = 128  # answers in work at a time; where one is complete, the next question takes its place
+condition = ""  # of prompts: direct, "synth,cot", ..., none; "": the task's, if trained on
+samples = 0  # answers per question, of tasks with a temperature; 0: the task's own
 max_new_tokens = 0  # per answer; 0: the task's own
-cache_gb = 0.0  # the batch is made smaller where its keys and values would take more; 0: half of the free memory
-average = True  # the weights' moving average; False: the weights themselves
-save_generations = False  # every prompt, generation, reference and score, as jsonl
-compare = ""  # two directories with a comma between: print how their saved generations differ, and do nothing else
-device = "auto"  # cpu, cuda or mps
-dtype = "auto"  # float32, or bfloat16 (auto: where the device multiplies it)
-compile = False  # the blocks, with torch.compile: takes a while, then runs faster
-H_cycles = 0  # of the recurrence; 0: as many as the model was trained with
+batch_size = 128  # answers in work at a time; fewer where memory is short
+save_generations = False  # every prompt, answer and score, in out_dir/generations-<task>.jsonl
+H_cycles = 0  # of the recurrence; 0: as trained
 L_cycles = 0
-guidance = 0.0  # w of auto-guidance: logits of the last H-step, and w times their difference from the step before
-kl_threshold = 0.0  # nats: a token's H-cycles end where the next changes its prediction by less; 0: all, H_cycles
-sweep = ""  # "guidance=-0.5,-0.1,0,0.1,0.5", or so for any of the four above: all tasks once per value, and a table
-seed = 1337  # of samples; those of a question are the same for the same seed
+guidance = 0.0  # w of auto-guidance
+device = "auto"  # cpu, cuda or mps
+dtype = "auto"  # float32 or bfloat16
+compile = False  # the blocks: takes a while, then runs faster
+seed = 1337  # of samples
 settings = configure(globals())
-# Settings that change no answer, or that a file of answers names in another form.
-NO_MATTER = "out_dir init_from tasks data_dir limit condition samples batch_size max_new_tokens cache_gb".split()
-NO_MATTER += "save_generations compare sweep device dtype compile".split()
-SAID = "tasks limit condition mcq samples max_new_tokens average H_cycles L_cycles guidance kl_threshold".split()
-BY_DEFAULT = "", "0", "0.0", "token", "True"  # of SAID, which eval.md tells where they are others
-INTERRUPTED = "interrupted; the same command goes on with what is left"
-# ----------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
+
+# ranks
+rank = int(os.environ.get("RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+master = rank == 0
+if world_size > 1:  # a rank may wait long for another's last answers
+    dist.init_process_group("gloo", timeout=timedelta(days=9))
+if not master:
+    sys.stdout = open(os.devnull, "w")
+
+# tasks
+names = []
+for name in tasks.split(","):
+    names += PAPER if name.strip() == "paper" else [name.strip()]
+chosen = {Path(name).stem: find_task(name) for name in names}
+if len(chosen) < len(set(names)):
+    sys.exit("two of the tasks have the same name")
+
+# -----------------------------------------------------------------------------
+# questions, of the tasks that are not finished
+
+directory = find_directory(init_from or out_dir)
+known = known_conditions(directory)
 
 
-def check_settings():
-    """{the name that its files get: task}. Raises ValueError, in one sentence, for a setting that would fail later."""
-    for key, least in dict(limit=0, batch_size=1, max_new_tokens=0, samples=0, cache_gb=0).items():
-        if not settings[key] >= least:
-            raise ValueError(f"{key} must be at least {least}, not {settings[key]}")
-    if mcq not in ("token", "likelihood"):
-        raise ValueError(f"mcq must be token or likelihood, not '{mcq}'")
-    return find_tasks(tasks)
+def condition_for(task):
+    """What the setting says, or the task if the model knows that, or else the model's own."""
+    if condition:
+        return condition
+    if task.condition and (not known or task.condition in known):
+        return task.condition
+    return known[0] if known else "synth,cot"  # as the published model
 
 
-def fingerprint_of_model(source):
-    """A hash of the files that make the model."""
-    names = "config.json", "tokenizer.json", "tokenizer.tiktoken"
-    paths = [source / name for name in names if (source / name).is_file()] + sorted(source.glob("*.safetensors"))
-    prints = [fingerprint(path) for path in checkpoints(source)[:1] + paths]
-    return hashlib.sha256(" ".join(prints).encode()).hexdigest()[:16]
+# what a result depends on, beside its questions
+elsewhere = ("out_dir", "init_from", "tasks", "data_dir", "limit", "batch_size", "save_generations")
+common = {key: value for key, value in settings.items() if key not in elsewhere}
+for path in sorted(directory.glob("*.*")):
+    common[path.name] = f"{path.resolve()} {path.stat().st_mtime}"
+for name in ("attention", "model", "tokenizer", "generate", "tasks", "eval"):
+    code = Path(__file__).with_name(f"{name}.py").read_bytes()
+    common[f"{name}.py"] = hashlib.sha256(code).hexdigest()
+
+table_path = Path(out_dir, "eval.json")
+before = json.loads(table_path.read_text())["tasks"] if table_path.exists() else {}
+results, questions, asked = {}, {}, {}
+for name in dict.fromkeys(names):
+    label, reason = Path(name).stem, "it has no questions"
+    try:
+        found = load_questions(name, directory, data_dir, limit)
+    except OSError as error:  # no such file, no such dataset, no connection
+        found, reason = [], error
+    if not found:
+        print(f"{label} is left out: {reason}")
+        continue
+    asked[label] = {**common, "condition": condition_for(chosen[label])}
+    asked[label]["questions"] = hashlib.sha256(repr(found).encode()).hexdigest()
+    old = before.get(label, {})
+    if old.get("asked") == asked[label] and (old["saved"] or not save_generations):
+        print(f"{label} is in {table_path} already")
+        results[label] = old
+    else:
+        questions[label] = found
+if not asked:
+    sys.exit("there is nothing to ask")
+
+# -----------------------------------------------------------------------------
+# figures
+
+COUNTED = ("invalid", "cut_off", "shortened", "too_long")
 
 
-def condition_of(name, task, source, own):
-    """The condition of a task's prompts: the setting's, else the task's, unless the model's training data had none
-    such; else that of most of those, which is `own`."""
-    asked = ",".join(condition_tags(task.condition))
-    if condition or not asked:
-        return own
-    known = read_meta(source)["splits"]["train"]["conditions"] if (source / "meta.json").exists() else {asked: 1}
-    if asked not in {c.replace(" ", "") for c in known}:
-        print0(f"{name}: the model was not trained on the task's condition {asked}; asked with {own or 'none'}")
-        return own
-    return asked
+def mean_and_error(values):
+    """The mean and its standard error, None for one value."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return mean, None
+    return mean, float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def score_tasks():
-    """Returns the table {task: figures}, its lines, and for how many answers were asked."""
-    chosen, source, directory = check_settings(), local_directory(init_from or out_dir), Path(out_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    options = dict(source=source, data_dir=data_dir, limit=limit)
-    questions = {}
-    for name, task in [*chosen.items()]:
-        try:
-            questions[name] = task.questions(**options)[: limit or None]
-        except FileNotFoundError as e:
-            if len(chosen) == 1:
-                raise
-            print0(f"{name} is left out: {one_line(e)}")
-            del chosen[name]
-    if empty := [name for name in chosen if not questions[name]]:
-        raise ValueError(f"the task {empty[0]} has no questions")
-    how = average, device, dtype, compile, condition, H_cycles, L_cycles, guidance, kl_threshold
-    model, encoding, own = load_for_inference(source, *how)
-    plans, abouts = {}, {}
-    common = {key: value for key, value in settings.items() if key not in NO_MATTER}
-    common |= dict(model=fingerprint_of_model(source), dtype=str(model.compute_dtype), device=model.embed.device.type)
-    common["scorers"] = [fingerprint(Path(__file__).with_name(f"{name}.py")) for name in ("tasks", "scorers")]
-    ranks.check_agreement(dict(questions={name: len(q) for name, q in questions.items()}, model=common["model"]))
-    for name, task in chosen.items():
-        tags, most_new = condition_of(name, task, source, own), task.max_new_tokens
-        if most_new != 1:
-            longest = max(len(encode_prompt(encoding, str(q.truth))) for q in questions[name])
-            most_new = max_new_tokens or most_new or max(task.min_limit, 2 * longest)
-        n_samples = (samples or task.samples) if task.temperature else 1
-        of_all = encoding, tags, model.config.block_size, most_new, n_samples, mcq
-        plans[name] = plan(name, task, questions[name], *of_all)
-        abouts[name] = common | dict(condition=tags, max_new_tokens=most_new, context=task.context)
-        abouts[name] |= dict(temperature=task.temperature)
-    lines, speeds = run(model, encoding, plans, abouts, directory, seed, mcq, batch_size, cache_gb)
-    table = {name: figures_of(task, lines[name], speeds[name]) for name, task in chosen.items() if lines[name]}
-    return table, lines, sum(map(len, plans.values()))
+def macro_mean(groups):
+    """The mean over groups of values. A group of one has the variance within the others, pooled."""
+    mean = float(np.mean([np.mean(group) for group in groups]))
+    freedom = sum(len(group) - 1 for group in groups)
+    if freedom == 0:
+        return mean, None
+    pooled = sum(np.var(group) * len(group) for group in groups) / freedom
+    squares = 0.0
+    for group in groups:
+        variance = np.var(group, ddof=1) if len(group) > 1 else pooled
+        squares += variance / len(group)
+    return mean, float(squares**0.5 / len(groups))
 
 
-def main(keep=False):
-    """Evaluate, print and write. Returns the table. keep: the answers, for the same command once more."""
-    table, lines, n_asked = score_tasks()
-    n_answers = sum(map(len, lines.values()))
-    if n_answers < n_asked:
-        print0(f"partial: {n_answers:,} of {n_asked:,} answers, which are no random part")
-    if table:
-        print0(terminal(table))
-    if n_answers < n_asked:
-        ranks.shutdown(INTERRUPTED * ranks.master)
-    if ranks.master:
-        how = (f"--{key}={settings[key]}" for key in SAID if str(settings[key]) not in BY_DEFAULT)
-        about = f"{init_from or out_dir}, `{' '.join(how)}`"
-        content = json.dumps({"tasks": table, "settings": settings}, indent=1) + "\n"
-        for name, text in {"eval.json": content, "eval.md": markdown(table, about)}.items():
-            with errors_name_file(path := Path(out_dir, name), "could not be written"):
-                replace_file(path, text.encode())
-            print0(f"written to {path}")
-        finish(Path(out_dir), table, lines, save_generations, keep)
-    return table
+def summarize(task, lines):
+    """A task's row of the table, from the lines of its answers. Errors are over questions."""
+    by_row = defaultdict(list)
+    for line in lines:
+        by_row[line["row"]].append(line)
+    by_group = defaultdict(list)
+    for row in by_row.values():
+        by_group[row[0]["group"]].append(row)
+
+    def values(key, rows):
+        return [np.mean([line.get(key, 0.0) for line in row]) for row in rows]
+
+    rows = list(by_row.values())
+    accuracy, stderr = mean_and_error(values("score", rows))
+    result = {"accuracy": accuracy, "stderr": stderr, "count": len(rows), "paper": task.paper}
+    for key in COUNTED:
+        result[key] = float(np.mean(values(key, rows)))
+
+    # further figures, of the scorer and of samples
+    figures = result["figures"] = {}
+    found = {key for line in lines for key in line if type(line[key]) is float}
+    for key in sorted(found - {"score", "truth"}):
+        figures[key] = mean_and_error(values(key, rows))
+    for k in (1, 10, 100):
+        if 1 < len(rows[0]) >= k:
+            passes, majorities = [], []
+            for row in rows:
+                passes.append(pass_at(k, [line["score"] for line in row]))
+                texts = [line["generation"] for line in row]
+                majorities.append(majority_at(k, texts, row[0]["truth"]))
+            figures[f"pass@{k}"] = mean_and_error(passes)
+            figures[f"maj@{k}"] = mean_and_error(majorities)
+
+    # subjects or categories
+    groups = result["groups"] = {}
+    for group in sorted(set(by_group) - {""}):
+        accuracy, stderr = mean_and_error(values("score", by_group[group]))
+        count = len(by_group[group])
+        groups[group] = {"accuracy": accuracy, "stderr": stderr, "count": count}
+    if task.macro:
+        figures["macro"] = macro_mean([values("score", group) for group in by_group.values()])
+    return result
 
 
-def main_with(**changes):
-    """main() with other settings, of a sweep, which goes on where it is killed."""
-    settings.update(changes)
-    globals().update(changes)
-    return main(keep=True)
+def percent(value):
+    return "-" if value is None else f"{value:.2%}"
 
 
-if __name__ == "__main__":
-    with exit_on_error(INTERRUPTED):
-        if compare:
-            if len(compare.split(",")) != 2:
-                raise ValueError(f"--compare=a,b names two directories, not '{compare}'")
-            print(compare_runs(*compare.split(",")))
-        else:
-            ranks.advice = "the same command goes on"
-            ranks.start("cpu", timedelta(days=9))  # ranks exchange answers alone; some have many more to give
-            if not ranks.master:
-                sys.stdout = open(os.devnull, "w")
-            with ranks.abort_if_any() if ranks.world_size > 1 else nullcontext():
-                if sweep:
-                    run_sweep(sweep, out_dir, partial(main_with, sweep="", init_from=init_from or out_dir))
-                else:
-                    main()
-            if ranks.world_size > 1:
-                ranks.shutdown(status=0)
+def print_table():
+    rows = [["task", "n", "score", "s.e.", "1B", "0.6B", *COUNTED]]
+    for label, r in results.items():
+        row = [label, f"{r['count']:,}", percent(r["accuracy"]), percent(r["stderr"])]
+        row += [f"{x:.2f}%" for x in r["paper"]] or ["-", "-"]
+        rows.append(row + [percent(r[key]) for key in COUNTED])
+        for key, (value, error) in r["figures"].items():
+            rows.append([f"{label} {key}", "", percent(value), percent(error)])
+    for first, *cells in rows:
+        print(f"{first:<22}", *(f"{cell:>9}" for cell in cells))
+
+
+# -----------------------------------------------------------------------------
+# one task after the other
+
+Path(out_dir).mkdir(parents=True, exist_ok=True)
+if questions:
+    how = (device, dtype, H_cycles, L_cycles, guidance, compile)
+    model, tokenizer = load_for_inference(init_from or out_dir, *how)
+
+
+def fit(question, tags, context):
+    """(text and ids of a prompt, shots left out): the last shots go while there is no room."""
+    if not isinstance(question.prompt, str):
+        return tokenizer.decode(question.prompt), question.prompt, 0
+    for n_shots in range(len(question.shots), -1, -1):
+        prompt = "".join(question.shots[:n_shots]) + question.prompt
+        ids = tokenizer.prompt(prompt, tags)
+        if len(ids) <= context:
+            break
+    return prompt, ids, len(question.shots) - n_shots
+
+
+for label in questions:
+    task, tags = chosen[label], asked[label]["condition"]
+    if task.condition and tags != task.condition:
+        print(f"{label}: asked with '{tags}', not with the task's condition {task.condition}")
+
+    # this rank's prompts
+    context = min(task.context, model.config.block_size)
+    most_new = task.max_new_tokens
+    if most_new == 0:
+        lengths = [len(tokenizer.encode(question.truth)) for question in questions[label]]
+        most_new = 2 * max(lengths)
+    if max_new_tokens and most_new > 1:
+        most_new = max_new_tokens
+    n_samples = (samples or task.samples) if task.temperature else 1
+    n_answers = n_samples * len(questions[label])
+    lines, waiting = [], []
+    prompts, limits, seeds = [], [], []
+    for i in range(rank, n_answers, world_size):
+        row, sample = divmod(i, n_samples)
+        question = questions[label][row]
+        prompt, ids, n_left_out = fit(question, tags, context)
+        room = context + 1 - len(ids)  # the last position predicts one more
+        line = {
+            "row": row,
+            "sample": sample,
+            "group": question.group,
+            "prompt": prompt,
+            "generation": "",
+            "truth": question.truth,
+            "score": 0.0,
+            "invalid": False,
+            "cut_off": False,
+            "shortened": n_left_out > 0,
+            "too_long": room < 1,
+        }
+        lines.append(line)
+        if room >= 1:
+            waiting.append(line)
+            prompts.append(ids)
+            limits.append(min(most_new, room))
+            seeds.append(seed * 10**6 + i)  # its own, so that any rank and slot samples the same
+
+    # answers
+    answers = [[] for _ in prompts]
+    total = 0.0
+    form = {"desc": label, "unit": " answers", "disable": not master}
+    if not sys.stderr.isatty():  # lines for a log file
+        form.update(mininterval=30, bar_format="{l_bar}{bar:10}{r_bar}\n")
+    bar = tqdm(total=len(prompts), **form)
+    events = stream(
+        model,
+        prompts,
+        limits,
+        stop_token=tokenizer.id_of["eoa"],
+        temperature=task.temperature,
+        seed=seeds,
+        slots=batch_size,
+    )
+    for i, id in events:
+        if id is not None:
+            answers[i].append(id)
+            continue
+        line = waiting[i]
+        line["generation"] = tokenizer.decode(answers[i])
+        line["cut_off"] = len(answers[i]) == limits[i] and most_new > 1
+        question = questions[label][line["row"]]
+        line.update(task.score(line["generation"], question))
+        total += line["score"]
+        bar.update()
+        if master:
+            bar.set_postfix(score=f"{total / bar.n:.1%}", refresh=False)
+    bar.close()
+    if world_size > 1:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, lines)
+        lines = [line for share in shares for line in share]
+    lines.sort(key=lambda line: (line["row"], line["sample"]))
+
+    # results
+    results[label] = {
+        **summarize(task, lines),
+        "saved": save_generations,
+        "asked": asked[label],
+    }
+    if master:
+        if save_generations:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            path = Path(out_dir, f"generations-{label}.jsonl")
+            path.write_text(text, encoding="utf-8")
+        part = Path(out_dir, "eval.json.part")
+        part.write_text(json.dumps({"tasks": {**before, **results}}, indent=1))
+        part.replace(table_path)
+
+print_table()
+print(f"written to {table_path}")

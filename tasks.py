@@ -1,326 +1,641 @@
-"""Benchmarks: their questions, as the paper asks them, and the scorer that says when an answer is right.
+r"""
+The benchmarks of the paper: how a row becomes a question, when an answer is right, and TASKS, the
+table of both.
 
-A file of JSON lines with "prompt" and "answer" is a task without any code: eval.py --tasks=path/to/file.jsonl.
-For another of your own, add a function that turns a row into a prompt and the truth, and a line to TASKS:
+A file of JSON lines with "prompt" and "answer" is a task without any code:
+python eval.py --tasks=path/to/quiz.jsonl. Another of your own is a function and an entry of the
+table, at the end of this file:
 
-    @from_rows("me/capitals", "capitals", "test")
     def capitals(row):
-        return dict(prompt=f"What is the capital of {row['country']}?", truth=row["capital"])
+        return Question(f"What is the capital of {row['country']}?", row["capital"])
 
-    "capitals": Task(capitals, scorers.same_answer, "direct"),
+    TASKS["capitals"] = Task(capitals, same_answer, hub="me/capitals", max_new_tokens=64)
 
-Its rows are those of DATA_DIR/capitals/test.jsonl (or .parquet), or without --data_dir those of me/capitals on the hub.
-In place of from_rows(), any function will do that takes **options and returns a list of Questions.
+Its rows are those of DATA_DIR/capitals/test.jsonl or .parquet; without --data_dir, those of the
+hub's me/capitals.
 """
 
+import json
 import re
-from collections import defaultdict
+import string
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from functools import partial
-from itertools import chain, islice
+from decimal import Decimal
+from itertools import islice
+from math import comb
 from pathlib import Path
-from string import ascii_uppercase
+from threading import Timer
 from typing import NamedTuple
 
-import numpy as np
-
-import scorers
-from common import brief, check_types, errors_name_file, read_json
-from loader import document, open_split
-from ranks import print0
-from sources import read_rows, text_fault, word_problems
-from tokenizer import check_file, load_encoding, read_meta, special_id
-
-N_HELDOUT = 1000  # documents, unless --limit says otherwise
+from data import word_problems
+from loader import Loader, read_meta
+from tokenizer import load_tokenizer
 
 
 class Question(NamedTuple):
-    row: int  # in the source's order
-    prompt: object  # text, without the shots; or the ids of a whole prompt
+    prompt: object  # the instruction without shots, or the ids of a whole prefix
     truth: object  # what the scorer compares with
-    shots: tuple = ()  # texts before the prompt, each with a blank line at its end
-    choices: tuple = ()  # the letters to choose from; none where the answer is free text
+    choices: str = ""  # the letters to choose from
     group: str = ""  # subject or category
-    texts: tuple = ()  # what the choices say
+    shots: tuple = ()  # texts to stand before the prompt
 
 
 class Task(NamedTuple):
-    questions: Callable  # (source, data_dir, limit, **others) -> list of Questions; source: the model's directory
-    score: Callable  # a scorer of scorers.py
-    condition: str = ""  # "": that of the model
-    context: int = 0  # tokens of the longest prompt and answer; 0: the model's block_size
-    max_new_tokens: int = 0  # 0: twice the longest truth's, and at least min_limit
+    question: Callable  # row -> Question
+    score: Callable  # (answer, Question) -> verdict()
+    hub: str = ""
+    configs: str = ""  # of the hub's dataset, with spaces between
+    split: str = "test"
+    shots_split: str = ""
+    n_shots: int = 0
+    folder: str = ""  # in data_dir; "": the task's name
+    condition: str = "direct"  # "": that of most of the model's training data
+    context: int = 4096  # tokens of prompt and answer
+    max_new_tokens: int = 1  # 0: twice as many as the longest truth has
     samples: int = 1  # answers to each question
     temperature: float = 0.0
-    paper: tuple = ()  # its percentages for HRM 1B and 0.6B
+    paper: tuple = ()  # percentages of the paper's HRM 1B and 0.6B
     macro: bool = False  # report the mean over groups, too
-    min_limit: int = 256  # as a truth may be a letter, and its answer have the working before it
 
 
-# ---- rows ----
-def from_rows(hub, directory="", split="train", configs=("",), shots=("", 0), pick=iter, check=lambda: None):
-    """Makes the `questions` of a Task from make(row), which returns the fields of a Question, all but row and shots.
-    Rows come from the hub, or from the first of these directories that data_dir has. The shots are the first rows of a
-    split, (split, how many), from each group its own; pick(fields of all rows) may choose others. check() raises
-    ValueError where a package is missing."""
-
-    def questions(make, data_dir="", limit=0, **_):
-        check()
-        source, subsets = hub, configs
-        if data_dir and directory:
-            places = [Path(data_dir, name) for name in directory.split()]
-            source, subsets = next(filter(Path.is_dir, places), None), [""]
-            if not source:
-                raise FileNotFoundError(f"there is no directory {places[0]}, for the rows of {hub}")
-
-        def read(split):
-            for where, row in chain.from_iterable(read_rows(source, subset, split) for subset in subsets):
-                with errors_name_file(where, f"is no row for {make.__name__}()"):
-                    if isinstance(row, str):
-                        raise ValueError(row)
-                    fields = make(row)
-                    for key in "prompt", "truth":
-                        if isinstance(fields[key], str) and (fault := text_fault(fields[key], key)):
-                            raise ValueError(fault)
-                yield fields
-
-        found = defaultdict(list)  # shots by group
-        for fields in pick(read(shots[0])) if shots[1] else ():
-            group, truth = found[fields.get("group", "")], fields["truth"]
-            if len(group) < n_shots(fields.get("group")):
-                group.append(f"{fields['prompt']} {truth if isinstance(truth, str) else ', '.join(truth[0])}\n\n")
-            elif "group" not in fields:
-                break
-        rows = enumerate(islice(read(split), limit or None))
-        result = [Question(i, **fields, shots=tuple(found[fields.get("group", "")])) for i, fields in rows]
-        if few := sum(len(q.shots) < n_shots(q.group) for q in result):
-            print0(f"{few:,} questions have fewer than {shots[1]} shots: {source} has too few rows in '{shots[0]}'")
-        return result
-
-    def n_shots(group):
-        return FEWER_SHOTS.get(group, shots[1])
-
-    return lambda make: partial(questions, make)
+# -----------------------------------------------------------------------------
+# free answers
 
 
-def prompt_and_answer(row):
-    check_types(row, prompt=str)
-    if not isinstance(row["answer"], (str, int, float)):
-        raise ValueError(f"its answer is {brief(row['answer'])}")
-    return dict(prompt=row["prompt"], truth=str(row["answer"]))
-
-
-@from_rows("openai/gsm8k", "gsm8k", "test", ["main"])
 def gsm8k(row):
     """Grade-school mathematics (Cobbe et al. 2021)."""
-    check_types(row, question=str, answer=str)
-    truth = scorers.to_whole_number(scorers.extract(row["answer"]))
+    truth = whole_number(row["answer"].rpartition("####")[2])
     if truth is None:
-        raise ValueError("its answer does not end in #### and a number")
-    return dict(prompt=row["question"], truth=truth)
+        raise ValueError("the answer does not end in #### and a number")
+    return Question(row["question"], truth)
 
 
-MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
-
-
-@from_rows("EleutherAI/hendrycks_math", "math", "test", MATH, check=scorers.start_math_verify)
 def math(row):
     """Competition mathematics (Hendrycks et al. 2021)."""
-    check_types(row, problem=str, solution=str)
-    bare = re.findall(r"\\boxed\s+([^\s${}]+)", row["solution"])  # \boxed 2, as a few rows have it
-    truth = scorers.last_box(row["solution"])
-    truth = bare[-1] if truth is None and bare else truth
+    truth = last_box(row["solution"])
     if truth is None:
-        raise ValueError("its solution has no \\boxed{} answer")
-    return dict(prompt=row["problem"], truth=truth or "\\text{none}")  # an empty box, which no answer equals
+        raise ValueError("the solution has no \\boxed{} answer")
+    return Question(row["problem"], truth or "\\text{none}")  # a few boxes are empty
 
 
-def aime(year):
-    """A competition whose answers are whole numbers from 1 to 999."""
-
-    @from_rows(f"math-ai/aime{year}", f"aime{year} aime", "test", check=scorers.start_math_verify)
-    def competition(row):
-        check_types(row, problem=str)
-        answer = row["answer"] if row.get("answer") is not None else scorers.last_box(row["solution"])  # as in 2024's
-        return dict(prompt=row["problem"], truth=str(int(answer)))
-
-    return competition
+def aime(row):
+    """Competition mathematics whose answers are whole numbers from 1 to 999."""
+    answer = row.get("answer")
+    if answer is None:  # as in 2024's
+        answer = last_box(row["solution"])
+    return Question(row["problem"], str(int(answer)))
 
 
-DROP_SHOTS = {  # questions of its train split, and how their passages begin
-    "How many points did the buccaneers need to tie in the first?": "To start the season, the Lions traveled south",
-    "How many games had the Bills won before this game?": "Trying to snap a two-game skid, the Bills flew to",
-    "How many years before Navarrase used the captivity of John II?": "The French king, John II, had been held",
+def drop(row):
+    """
+    Reading with discrete reasoning (Dua et al. 2019). The truth has a list of spans for each
+    annotator. The hub has `answer` and `validated_answers`, a dict of lists; copies, `answers`.
+    """
+    annotators = drop_answers(row.get("answers", row.get("answer")))
+    annotators += drop_answers(row.get("validated_answers"))
+    truth = []
+    for answer in annotators:
+        date = answer["date"]
+        if answer["number"] != "":
+            truth.append([str(answer["number"])])
+        elif len(answer["spans"]):
+            truth.append(list(answer["spans"]))
+        else:
+            truth.append([f"{date['day']} {date['month']} {date['year']}".strip()])
+    if not truth:
+        raise ValueError("there is no answer")
+    return Question(f"{row['passage']}\nQ: {row['question']}\nA:", truth)
+
+
+def drop_answers(found):
+    """One answer, a list of answers, a dict of lists, or None -> a list of answers."""
+    if isinstance(found, dict) and isinstance(found["number"], list):
+        columns = zip(found["number"], found["spans"], found["date"])
+        return [{"number": number, "spans": spans, "date": date} for number, spans, date in columns]
+    return [found] if isinstance(found, dict) else list(found or [])
+
+
+DROP_SHOTS = {  # the paper's: a question of the train split, and how its passage begins
+    "How many points did the buccaneers need to tie in the first?": "To start the season, the Lion",
+    "How many games had the Bills won before this game?": "Trying to snap a two-game skid, the Bi",
+    "How many years before Navarrase used the captivity of John II?": "The French king, John II, ",
 }
 
 
 def drop_shots(rows):
-    """The three of the paper, in its order."""
+    """The Questions of DROP_SHOTS, in that order."""
     found = {}
-    for fields in rows:
-        passage, _, question = fields["prompt"].removesuffix("\nA:").rpartition("\nQ: ")
-        passage, question = passage.strip(), question.strip()
+    for row in rows:
+        passage, question = row["passage"].strip(), row["question"].strip()
         if question in DROP_SHOTS and passage.startswith(DROP_SHOTS[question]):
-            found.setdefault(question, dict(fields, prompt=f"{passage}\nQ: {question}\nA:"))
+            shot = drop({**row, "passage": passage, "question": question})
+            found.setdefault(question, shot._replace(truth=", ".join(shot.truth[0])))
         if len(found) == len(DROP_SHOTS):
-            return map(found.get, DROP_SHOTS)
-    question, passage = next(shot for shot in DROP_SHOTS.items() if shot[0] not in found)
-    raise ValueError(f"DROP's train split lacks the question '{question}' on the passage '{passage} ...'")
+            return [found[question] for question in DROP_SHOTS]
+    sys.exit(f"the train split of drop has only {len(found)} of the three shots")
 
 
-@from_rows("EleutherAI/drop", "drop", "validation", shots=("train", 3), pick=drop_shots)
-def drop(row):
-    """Reading with discrete reasoning (Dua et al. 2019). The truth: for each annotator's answer its spans, of which a
-    number or a date is one. The hub has one `answer` and a dict of lists, `validated_answers`; copies, `answers`."""
-    check_types(row, passage=str, question=str)
-    answers = []
-    for found in (row["answer"] if "answers" not in row else row["answers"], row.get("validated_answers")):
-        if isinstance(found, dict) and isinstance(found["number"], list):
-            keys = "number", "spans", "date"
-            found = [dict(zip(keys, values)) for values in zip(*(found[key] for key in keys))]
-        answers += [found] if isinstance(found, dict) else found or []
-    truth = []
-    for answer in answers:
-        date = " ".join(answer["date"][key] for key in ("day", "month", "year")).strip()
-        truth.append([str(answer["number"])] if answer["number"] != "" else list(answer["spans"]) or [date])
-    return dict(prompt=f"{row['passage']}\nQ: {row['question']}\nA:", truth=truth)
+def quiz(row):
+    """A row of a file of your own."""
+    return Question(row["prompt"], str(row["answer"]))
 
 
-def multiple_choice(question, texts, right, **group):
-    """The fields of a Question with the choices A, B, ..., of which `right` is a number from 0."""
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a choice is no text")
-    texts, letters = tuple(text.strip() for text in texts), tuple(ascii_uppercase[: len(texts)])
-    if type(right) is not int or not 0 <= right < len(letters):
-        raise ValueError(f"the right one of its {len(texts)} choices is no. {brief(right)}, from 0")
-    lines = [question.strip(), *map("{}. {}".format, letters, texts), "Answer:"]
-    return dict(prompt="\n".join(lines), truth=letters[right], choices=letters, texts=texts, **group)
+def problem(row):
+    """A word problem with numbers that no training problem has: the demo's validation split."""
+    return Question(row["instruction"], row["response"])
 
 
-FEWER_SHOTS = {"high_school_european_history": 3}  # MMLU's: five do not fit 4,096 tokens
+# -----------------------------------------------------------------------------
+# multiple choice
 
 
-@from_rows("cais/mmlu", "mmlu", "test", ["all"], ("dev", 5))
+def multiple_choice(question, texts, right, group=""):
+    """right: the number of the right text, from 0."""
+    letters = string.ascii_uppercase[: len(texts)]
+    lines = [f"{letter}. {text.strip()}" for letter, text in zip(letters, texts)]
+    prompt = "\n".join([question.strip(), *lines, "Answer:"])
+    return Question(prompt, letters[right], letters, group)
+
+
 def mmlu(row):
-    check_types(row, question=str, choices=list, subject=str)
-    return multiple_choice(row["question"], row["choices"], row["answer"], group=row["subject"])
+    return multiple_choice(row["question"], row["choices"], row["answer"], row["subject"])
 
 
-@from_rows("allenai/ai2_arc", "arc_challenge", "test", ["ARC-Challenge"], ("validation", 25))
 def arc(row):
-    check_types(row, question=str, choices=dict)
-    labels = row["choices"]["label"]  # A to E, or 1 to 5
-    return multiple_choice(row["question"], row["choices"]["text"], labels.index(row["answerKey"]))
+    choices = row["choices"]  # whose labels are A to E, or 1 to 5
+    right = choices["label"].index(row["answerKey"])
+    return multiple_choice(row["question"], choices["text"], right)
 
 
-@from_rows("Rowan/hellaswag", "hellaswag", "validation", shots=("train", 10))
 def hellaswag(row):
-    check_types(row, ctx_a=str, ctx_b=str, endings=list)
-    question = f"{row['ctx_a']} {row['ctx_b'].capitalize()}\nQuestion: Which is the most logical continuation?"
+    text = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    question = f"{text}\nQuestion: Which is the most logical continuation?"
     return multiple_choice(question, row["endings"], int(row["label"]))
 
 
-@from_rows("allenai/winogrande", "winogrande", "validation", ["winogrande_debiased"], ("train", 5))
 def winogrande(row):
-    check_types(row, sentence=str)
-    return multiple_choice(row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1)
+    options = [row["option1"], row["option2"]]
+    return multiple_choice(row["sentence"], options, int(row["answer"]) - 1)
 
 
-@from_rows("google/boolq", "boolq", "validation", shots=("train", 5))
 def boolq(row):
-    check_types(row, passage=str, question=str, answer=bool)
     question = f"{row['passage']}\nQuestion: {row['question'].capitalize()}?"
-    return multiple_choice(question, ["Yes", "No"], int(not row["answer"]))
+    return multiple_choice(question, ["Yes", "No"], 0 if row["answer"] else 1)
 
 
-@from_rows("TIGER-Lab/MMLU-Pro", "mmlu_pro", "test")
 def mmlu_pro(row):
-    check_types(row, question=str, options=list, answer=str, category=str)
-    letters = tuple(ascii_uppercase[: len(row["options"])])
-    if row["answer"] not in letters:
-        raise ValueError(f"its answer {brief(row['answer'])} is none of its {len(letters)} options")
-    lines = [row["question"], "Options:", *map("({}) {}".format, letters, row["options"]), ""]
-    texts = tuple(row["options"])
-    return dict(prompt="\n".join(lines), truth=row["answer"], choices=letters, texts=texts, group=row["category"])
+    letters = string.ascii_uppercase[: len(row["options"])]
+    lines = [f"({letter}) {text}" for letter, text in zip(letters, row["options"])]
+    prompt = "\n".join([row["question"], "Options:", *lines, ""])
+    return Question(prompt, row["answer"], letters, row["category"])
 
 
-# ---- what is made here ----
-def problems(**_):
-    """Word problems with combinations of numbers that no training problem has: the demo's validation split."""
-    rows = enumerate(word_problems("val", 1000, 1337))
-    return [Question(i, row["instruction"], row["response"]) for i, row in rows]
+# -----------------------------------------------------------------------------
+# answers within a text
 
 
-def heldout(source, limit, **_):
-    """Validation documents of the dataset that the run `source` was trained on. A question is the ids of the whole
-    prompt, with the condition of its own document, and its row the number of the document."""
-    advice = f"choose with --tasks from {', '.join(name for name in TASKS if name != 'heldout')}"
-    if not (source / "run.json").exists():
-        raise ValueError(f"{source} has no run.json, which names the dataset of held-out rows: {advice}")
-    with errors_name_file(source / "run.json"):
-        directory = Path("data", read_json(source / "run.json")["settings"]["dataset"])
-    meta, encoding = read_meta(source), load_encoding(source)
-    eoa = special_id(encoding, "eoa")
-    if not (directory / "meta.json").exists() or read_meta(directory)["checksums"] != meta["checksums"]:
-        raise ValueError(f"{directory}, on which {source} was trained, is not here or holds other data now: {advice}")
-    for name in "val.bin", "val.idx":
-        check_file(directory, name, meta)
-    ids, ends, _ = split = open_split(directory, "val")
-    with errors_name_file(directory / "val.bin"):
-        whole = np.flatnonzero(ids[ends - 1] == eoa)  # the others were cut off by data.py
-        n = min(limit or N_HELDOUT, len(whole))
-        questions = []
-        for d in whole[np.arange(n) * len(whole) // max(n, 1)]:  # spread evenly
-            found, n_prefix = document(*split, d)
-            encoding.decode(found)  # raises where the tokenizer lacks an id
-            questions.append(Question(int(d), found[:n_prefix], encoding.decode(found[n_prefix:-1])))
-    cut = f" ({len(ends) - len(whole):,} that data.py cut off are left out)" if len(whole) < len(ends) else ""
-    if not questions:
-        sizes = "a larger --val_fraction" + " or --block_size" * bool(cut)
-        raise ValueError(f"{directory} has no validation documents{cut}: prepare it with {sizes}, or {advice}")
-    print0(f"heldout: {n:,} of {len(whole):,} validation documents of {directory}, each with its own condition{cut}")
-    return questions
+def last_box(text):
+    r"""
+    The content of the last \boxed that has any, else of the last \fbox; None without a box, or if
+    the last one has no end. A number or a letter may stand without braces: \boxed 2, \boxed2.
+    """
+    for command in r"\\boxed", r"\\fbox":
+        contents = []
+        for match in re.finditer(command, text):
+            rest = text[match.end() :].lstrip()
+            bare = re.match(r"[-+]?\$?\d[\d.,/]*|[A-Za-z](?![A-Za-z])", rest)
+            if rest.startswith("{"):
+                contents.append(in_braces(rest))
+            elif bare:
+                contents.append(bare[0].rstrip(".,/"))
+        if contents and contents[-1] is None:
+            return None
+        if contents:
+            return next((content for content in reversed(contents) if content), "")
+    return None
 
 
-# ---- the tasks ----
+def in_braces(text):
+    """What stands in the braces that a text begins with; None if they are not closed."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[1:i].strip()
+    return None
 
 
-AIME = dict(score=scorers.same_mathematics, condition="synth,cot", samples=256, temperature=0.6)
-CHOICE = dict(score=scorers.one_letter, condition="direct", max_new_tokens=1)
+def final_answer(text):
+    """What the last box holds, or what follows the last ####, or all of the text."""
+    box = last_box(text)
+    return text.rpartition("####")[2] if box is None else box
 
-# The paper's contexts: 3,072, or 4,096, which is all of its models'. An answer may fill what the prompt leaves.
+
+def whole_number(text):
+    """The number that a text writes, without commas, $ and decimals, or None."""
+    try:
+        return int(float(text.replace(",", "").replace("$", "")))
+    except (ValueError, OverflowError):
+        return None
+
+
+# -----------------------------------------------------------------------------
+# scorers
+
+
+def verdict(right, invalid=False, **figures):
+    """invalid: there is nothing to compare. All figures are from 0 to 1."""
+    return {"score": float(right), "invalid": invalid, **figures}
+
+
+def same_whole_number(answer, question):
+    """
+    GSM8K: int(float()) as in the paper, so 2.9 counts as 2. Without a box the paper takes the whole
+    text; here it is what follows ####, which models that are trained on GSM8K itself write.
+    """
+    number = whole_number(final_answer(answer))
+    return verdict(number == question.truth, invalid=number is None)
+
+
+# 18, -2,000, $2.50, .5; not a part of a word or of another number, as in x2, 1e3 and 2.5.1
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+NUMBER = re.compile(rf"(?<![\w.])[-+]?\$?(?:{DIGITS})(?![\w.]*\d)", re.ASCII)
+
+
+def same_answer(answer, question):
+    """
+    A task of your own. If the truth is a number, it must be the only number of the answer, as in
+    "24 apples"; no number or several are invalid. Other texts must be equal but for white space.
+    """
+    answer, truth = one_line(answer), one_line(question.truth)
+    if NUMBER.fullmatch(truth):
+        numbers = NUMBER.findall(answer)
+        answer = to_decimal(numbers[0]) if len(numbers) == 1 else ""
+        truth = to_decimal(truth)
+    return verdict(answer == truth, invalid=answer == "")
+
+
+def one_line(text):
+    text = final_answer(text).replace("\u2212", "-")  # the minus of typesetters
+    return " ".join(text.split())
+
+
+def to_decimal(number):
+    return Decimal(number.replace("$", "").replace(",", ""))
+
+
+def choice(letter, question):
+    """What is none of the choices is invalid, and counts as a guess at random."""
+    if letter in list(question.choices):
+        return verdict(letter == question.truth)
+    return verdict(1 / len(question.choices), invalid=True)
+
+
+def one_letter(answer, question):
+    return choice(answer.strip().upper(), question)
+
+
+def last_letter(answer, question):
+    """
+    MMLU-Pro: the X of the last "answer is X" or "answer is (X)", else of the last "(X)", else the
+    last letter that is a word; of the last box, or else of the text. The published code does not
+    look for "answer is": `published` is its score.
+    """
+    text = last_box(answer) or answer
+    letter = f"([{question.choices}])"
+    said = re.findall(rf"answer is \(?{letter}\b", text)
+    in_brackets = re.findall(rf"\({letter}\)", text)
+    alone = re.findall(rf"\b{letter}\b", text)
+    published = (in_brackets or alone or [""])[-1]
+    found = (said or [published])[-1]
+    return {**choice(found, question), "published": choice(published, question)["score"]}
+
+
+def is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def drop_words(text):
+    """The words that DROP compares: lower case, without articles and punctuation, 5 as 5.0."""
+    words = []
+    for word in re.split("[ -]", text.lower()):
+        if not is_number(word):
+            word = word.translate(NO_PUNCTUATION)
+        if is_number(word):
+            words.append(str(float(word)))
+        else:
+            words += re.sub(r"\b(a|an|the)\b", " ", word).split()
+    return words
+
+
+def drop_f1(words, gold):
+    numbers = {word for word in gold if is_number(word)}
+    if numbers and not numbers & words:
+        return 0.0
+    both = len(gold & words)
+    precision = both / len(words) if words else 1.0
+    recall = both / len(gold) if gold else 1.0
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def drop_f1_em(answer, question):
+    """
+    DROP, by its authors' rules as lm-evaluation-harness has them: the score is F1, of the annotator
+    that fits best. An answer is one span; it is set beside the nearest of the truth's.
+    """
+    words = drop_words(answer.strip())
+    em, f1 = 0.0, 0.0
+    for spans in question.truth:
+        if spans[0].strip():
+            gold = [drop_words(span) for span in spans]
+            nearest = max(drop_f1(set(words), set(span)) for span in gold)
+            em = max(em, float(gold == [words]))
+            f1 = max(f1, round(nearest / len(gold), 2))
+    return verdict(f1, invalid=not answer.strip(), em=em)
+
+
+def same_mathematics(answer, question):
+    r"""
+    MATH and AIME: math-verify of the last box, or of the whole text, which is invalid too. The
+    published code takes the boxes off first, so that math-verify reads many a formula wrongly, as
+    \sqrt{51}: `unboxed` is its score.
+    """
+    box = last_box(answer)
+    boxed = answer if box is None else f"\\boxed{{{box}}}"
+    right = equal_in_mathematics(f"\\boxed{{{question.truth}}}", boxed)
+    unboxed = equal_in_mathematics(question.truth, answer if box is None else box)
+    return verdict(right, invalid=box is None, unboxed=float(unboxed))
+
+
+MATH_VERIFY = r"""
+import json, sys
+from math_verify import parse, verify
+
+def equal(truth, answer):
+    try:
+        return bool(verify(parse(truth), parse(answer)))
+    except BaseException:  # its TimeoutException is no Exception
+        return False
+
+print(json.dumps(equal("\\boxed{\\frac12}", "\\boxed{0.5}")), flush=True)
+for line in sys.stdin:
+    print(json.dumps(equal(*json.loads(line))), flush=True)
+"""
+worker = None  # the process in which math-verify runs, because some formulas hang or crash it
+
+
+def equal_in_mathematics(truth, answer, seconds=20):
+    global worker
+    if worker is None or worker.poll() is not None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        worker = subprocess.Popen([sys.executable, "-c", MATH_VERIFY], text=True, **pipes)
+        if worker.stdout.readline() != "true\n":
+            sys.exit("math and aime are scored by math-verify: pip install math-verify")
+    reply = ""
+    timer = Timer(seconds, worker.kill)
+    timer.start()
+    try:
+        print(json.dumps([truth, answer]), file=worker.stdin, flush=True)
+        reply = worker.stdout.readline()
+    except OSError:
+        pass  # it has died
+    timer.cancel()
+    if not reply:
+        worker.kill()
+        worker.wait()  # so that the next call sees that it is gone
+    return reply == "true\n"
+
+
+def pass_at(k, scores):
+    """
+    How likely one of k samples is right, from the scores of n >= k samples, without bias (Chen et
+    al. 2021).
+    """
+    n_wrong = sum(score < 1 for score in scores)
+    return 1 - comb(n_wrong, k) / comb(len(scores), k)
+
+
+def majority_at(k, answers, truth):
+    """Whether the truth is among the k most frequent whole numbers from 1 to 999."""
+    votes = Counter()
+    for answer in answers:
+        box = last_box(answer)
+        text = answer if box is None else box
+        if re.fullmatch(r"0*[1-9]\d{0,2}", text.strip()):
+            votes[str(int(text))] += 1
+    return float(str(truth) in [number for number, _ in votes.most_common(k)])
+
+
+# -----------------------------------------------------------------------------
+# the table; an answer may fill what the prompt leaves of the context
+
+FREE = {"condition": "synth,cot", "context": 3072, "max_new_tokens": 3072}
+AIME = {"condition": "synth,cot", "max_new_tokens": 4096, "samples": 256, "temperature": 0.6}
+MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra"
+MATH += " precalculus"
+PAPER = ("gsm8k", "math", "drop", "mmlu", "arc", "hellaswag", "winogrande", "boolq")  # its table
+
 TASKS = {
-    "gsm8k": Task(gsm8k, scorers.same_whole_number, "synth,cot", 3072, 3072, paper=(84.53, 78.39)),
-    "math": Task(math, scorers.same_mathematics, "synth,cot", 3072, 3072, paper=(56.16, 50.28)),
-    "drop": Task(drop, scorers.drop, "direct", 3072, 3072, paper=(82.21, 78.07)),
-    "mmlu": Task(mmlu, **CHOICE, paper=(60.73, 56.87), macro=True),
-    "arc": Task(arc, **CHOICE, paper=(81.91, 74.32)),
-    "hellaswag": Task(hellaswag, **CHOICE, paper=(63.42, 50.48)),
-    "winogrande": Task(winogrande, **CHOICE, paper=(72.38, 66.38)),
-    "boolq": Task(boolq, **CHOICE, paper=(86.18, 84.86)),
-    "mmlu_pro": Task(mmlu_pro, scorers.last_letter, "direct", max_new_tokens=4096, macro=True),
-    "aime24": Task(aime(24), **AIME, max_new_tokens=4096),
-    "aime25": Task(aime(25), **AIME, max_new_tokens=4096),
-    "heldout": Task(heldout, scorers.same_answer, min_limit=0),  # its truths are whole answers
-    "problems": Task(problems, scorers.same_answer, max_new_tokens=64),
+    "gsm8k": Task(
+        gsm8k,
+        same_whole_number,
+        hub="openai/gsm8k",
+        configs="main",
+        paper=(84.53, 78.39),
+        **FREE,
+    ),
+    "math": Task(
+        math,
+        same_mathematics,
+        hub="EleutherAI/hendrycks_math",
+        configs=MATH,
+        paper=(56.16, 50.28),
+        **FREE,
+    ),
+    "drop": Task(
+        drop,
+        drop_f1_em,
+        hub="EleutherAI/drop",
+        split="validation",
+        shots_split="train",
+        n_shots=3,
+        context=3072,
+        max_new_tokens=3072,
+        paper=(82.21, 78.07),
+    ),
+    "mmlu": Task(
+        mmlu,
+        one_letter,
+        hub="cais/mmlu",
+        configs="all",
+        shots_split="dev",
+        n_shots=5,
+        paper=(60.73, 56.87),
+        macro=True,
+    ),
+    "arc": Task(
+        arc,
+        one_letter,
+        hub="allenai/ai2_arc",
+        configs="ARC-Challenge",
+        shots_split="validation",
+        n_shots=25,
+        folder="arc_challenge",
+        paper=(81.91, 74.32),
+    ),
+    "hellaswag": Task(
+        hellaswag,
+        one_letter,
+        hub="Rowan/hellaswag",
+        split="validation",
+        shots_split="train",
+        n_shots=10,
+        paper=(63.42, 50.48),
+    ),
+    "winogrande": Task(
+        winogrande,
+        one_letter,
+        hub="allenai/winogrande",
+        configs="winogrande_debiased",
+        split="validation",
+        shots_split="train",
+        n_shots=5,
+        paper=(72.38, 66.38),
+    ),
+    "boolq": Task(
+        boolq,
+        one_letter,
+        hub="google/boolq",
+        split="validation",
+        shots_split="train",
+        n_shots=5,
+        paper=(86.18, 84.86),
+    ),
+    "mmlu_pro": Task(
+        mmlu_pro,
+        last_letter,
+        hub="TIGER-Lab/MMLU-Pro",
+        max_new_tokens=4096,
+        macro=True,
+    ),
+    "aime24": Task(aime, same_mathematics, hub="math-ai/aime24", folder="aime", **AIME),
+    "aime25": Task(aime, same_mathematics, hub="math-ai/aime25", **AIME),
+    "heldout": Task(None, same_answer, condition="", max_new_tokens=0),  # see heldout()
+    "problems": Task(problem, same_answer, condition="", max_new_tokens=64),
 }
-PAPER = "gsm8k math drop mmlu arc hellaswag winogrande boolq".split()  # its table
+FEWER_SHOTS = {"high_school_european_history": 3}  # of MMLU: five do not fit 4,096 tokens
+
+
+# -----------------------------------------------------------------------------
+# rows -> questions
 
 
 def find_task(name):
-    """The Task of that name, or of a file of rows with prompt and answer. Raises ValueError where there is none."""
-    if name not in TASKS and Path(name).suffix not in (".jsonl", ".json", ".parquet"):
-        known = f"{', '.join(TASKS)}, paper (its {len(PAPER)}), or a .jsonl file of rows with prompt and answer"
-        fault = f"there is no task '{name}'" if name else "no task is given"
-        raise ValueError(f"{fault}: --tasks names one or more of {known}")
-    return TASKS.get(name) or Task(from_rows(name)(prompt_and_answer), scorers.same_answer)
+    if name in TASKS:
+        return TASKS[name]
+    if name.endswith(".jsonl"):
+        return Task(quiz, same_answer, condition="", max_new_tokens=512)
+    known = ", ".join(TASKS)
+    sys.exit(f"there is no task '{name}': choose {known}, paper, or a .jsonl of prompts and answers")
 
 
-def find_tasks(tasks):
-    """{the name that its files get: task} of a setting. Raises ValueError, where find_task() does."""
-    asked = [name.strip() for name in tasks.split(",") if name.strip()]
-    names = [name for some in asked for name in (PAPER if some == "paper" else [some])]
-    found = {Path(name).stem: find_task(name) for name in names or [""]}  # one may be that of a file
-    if len(found) < len({*names}):
-        raise ValueError(f"two of the tasks have the same name: {tasks}")
-    return found
+def load_questions(name, directory, data_dir="", limit=0):
+    """
+    The Questions of a task. directory: of the model, for heldout. Raises OSError if the rows are
+    not there.
+    """
+    if name == "heldout":
+        return heldout(directory, limit or 1000)
+    task = find_task(name)
+    if task.score is same_mathematics:
+        equal_in_mathematics("1", "1")  # ends now if math-verify is missing, and not after hours
+    questions = []
+    try:
+        shots = load_shots(name, task, data_dir)
+        for row in islice(read_rows(name, task, task.split, data_dir), limit or None):
+            question = task.question(row)
+            questions.append(question._replace(shots=tuple(shots[question.group])))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        sys.exit(f"row {len(questions)} of {name} is no question: {error!r}")
+    return questions
+
+
+def load_shots(name, task, data_dir):
+    """{group: texts}. The first rows of a split; of MMLU, those of each subject."""
+    shots = defaultdict(list)
+    if not task.n_shots:
+        return shots
+    rows = read_rows(name, task, task.shots_split, data_dir)
+    for question in drop_shots(rows) if name == "drop" else map(task.question, rows):
+        texts = shots[question.group]
+        if len(texts) < FEWER_SHOTS.get(question.group, task.n_shots):
+            texts.append(f"{question.prompt} {question.truth}\n\n")
+        elif not question.group:
+            break
+    return shots
+
+
+def read_rows(name, task, split, data_dir):
+    """Yields dicts: of a file of your own, of the files of a split in data_dir, or of the hub."""
+    if name == "problems":
+        yield from word_problems("val", 1000, 1337)
+    elif name.endswith(".jsonl"):
+        yield from read_file(Path(name))
+    elif data_dir:
+        folder = Path(data_dir, task.folder or name)
+        paths = [*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*")]  # -00000-of-00001.parquet
+        if not paths:
+            raise FileNotFoundError(f"there is no {folder}/{split}.jsonl or .parquet")
+        for path in sorted(paths):
+            yield from read_file(path)
+    else:
+        from datasets import load_dataset
+
+        for config in task.configs.split() or [None]:
+            yield from load_dataset(task.hub, config, split=split, streaming=True)
+
+
+def read_file(path):
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() cuts at \u2028
+            if line.strip():
+                yield json.loads(line)
+
+
+def heldout(directory, limit):
+    """
+    Validation documents of the data that a run was trained on, spread evenly, each with its own
+    condition. directory: a checkpoint of the run.
+    """
+    path = Path(directory, "train.json")
+    if not path.exists():
+        sys.exit(f"{directory} is no run of train.py, with held-out documents: give --prompt=... or --tasks=...")
+    dataset = Path("data", json.loads(path.read_text())["settings"]["dataset"])
+    theirs, own = Path(dataset, "tokenizer.json"), Path(directory, "tokenizer.json")
+    if not theirs.exists() or theirs.read_bytes() != own.read_bytes():
+        sys.exit(f"{dataset}, on which {directory} was trained, is not here or has changed")
+    tokenizer = load_tokenizer(dataset)
+    loader = Loader(dataset, "val", rows=1, block_size=2**30)
+    n_documents = read_meta(dataset)["splits"]["val"]["documents"]
+    documents = [loader.document(d) for d in range(n_documents)]
+    # a document that data.py has cut has no eoa
+    whole = [(ids, n) for ids, n in documents if ids[-1] == tokenizer.id_of["eoa"]]
+    questions = []
+    for i in range(min(limit, len(whole))):
+        ids, n_prefix = whole[i * len(whole) // min(limit, len(whole))]
+        response = tokenizer.decode(ids[n_prefix:-1].tolist())
+        questions.append(Question(ids[:n_prefix].tolist(), response))
+    return questions
