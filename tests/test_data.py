@@ -1,363 +1,446 @@
-"""From pairs to rows: sources, documents, what is refused, and the packing plan."""
+"""data.py: from public files to bins. What is read, what is refused, and what a kill leaves."""
 
+import gzip
 import json
 import os
 import signal
-import tracemalloc
+import subprocess
+import sys
 from collections import Counter
-from itertools import islice
+from pathlib import Path
 
-import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-import torch
-from scripts import ROOT, TINY, run
+from conftest import ROOT
 
-import data
-from data import prepare
-from loader import Loader, open_split, prefetch, read_index
-from model import IGNORE
-from sources import word_problems
-from tokenizer import encode_prompt, load_encoding, make_encoding, read_meta
-from workers import in_order
+from data import to_condition, to_pair, word_problems
+from loader import Loader
+from tokenizer import load_tokenizer
 
 ROWS = [{"instruction": f"What is {i} plus {i}?", "response": f"{2 * i} é"} for i in range(300)]
+TEXTS = [f"<|im_start|>{row['instruction']}<|im_end|>{row['response']}<|box_end|>" for row in ROWS]
 
 
-def write_jsonl(path, rows):
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
-
-
-def texts_of(directory, split):
-    """The documents of a split, decoded."""
-    encoding, meta = load_encoding(directory), read_meta(directory)
-    tokens = np.fromfile(directory / f"{split}.bin", dtype=meta["dtype"])
-    ends = read_index(directory, split)[:, 0]
-    return [encoding.decode(d.tolist()) for d in np.split(tokens, ends)[:-1]]
-
-
-# ----------------------------------------------------------------------------------------------------
-# documents and sources
-
-
-def test_document_format(tmp_path):
-    """boq, tags in the order written, instruction, eoq | response, eoa. Text that spells special tokens is text."""
-    rows = [{"instruction": "2<|im_end|>?", "response": "<|box_end|>4", "condition": "synth,cot"}]
-    prepare(tmp_path / "d", source=write_jsonl(tmp_path / "a.jsonl", rows), val_fraction=0.0)
-    tokens = np.fromfile(tmp_path / "d" / "train.bin", dtype=np.uint16).tolist()
-    boq, eoq, eoa, direct, cot, noisy, synth = range(256, 263)
-    want = [boq, synth, cot, *b"2<|im_end|>?", eoq, *b"<|box_end|>4", eoa]
-    assert tokens == want
-    assert read_index(tmp_path / "d", "train").tolist() == [[len(want), want.index(eoq) + 1]]
-    assert encode_prompt(make_encoding("bytes"), "2<|im_end|>?", "synth,cot") == want[: want.index(eoq) + 1]
-    batch = next(Loader(tmp_path / "d", "train", 1, 64, epochs=1))
-    n, p = len(want), want.index(eoq) + 1
-    assert batch.idx[0, : n - 1].tolist() == want[:-1]
-    assert batch.targets[0].tolist() == [IGNORE] * (p - 1) + want[p:] + [IGNORE] * (64 - n + 1)
-    assert batch.prefix[0].tolist() == [i < p for i in range(64)]
-    assert batch.doc[0].tolist() == [0] * (n - 1) + [-1] * (64 - n + 1)
-    assert (batch.n_targets, batch.n_tokens) == (n - p, n - 1)
-
-
-def test_word_problems_are_right_and_validation_numbers_are_new():
-    seen = {"train": set(), "val": set()}
-    for split, combinations in seen.items():
-        for row in word_problems(split, 3000, seed=0):
-            *working, last = row["response"].split("\n")
-            numbers = {c for c in "".join(ch if ch.isdigit() else " " for ch in row["instruction"]).split()}
-            for step in working:
-                left, _, right = step.partition("=")
-                assert eval(left) == int(right) > 0
-            assert last == f"#### {int(right)}"
-            operations = "".join(ch for step in working for ch in step.partition("=")[0] if ch in "+-*/")
-            combinations.add((operations, tuple(sorted(numbers)), tuple(working)))
-    assert not seen["train"] & seen["val"] and len(seen["val"]) > 300
-    assert len({c[0] for c in seen["val"]}) == len({c[0] for c in seen["train"]}) > 8
-    again = list(word_problems("val", 20, seed=0))
-    assert again == list(word_problems("val", 20, seed=0)) != list(word_problems("val", 20, seed=1))
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory"])
-def test_local_sources(tmp_path, kind):
-    rows = [{"q": row["instruction"], "a": row["response"]} for row in ROWS]
-    if kind == "jsonl":
-        source = write_jsonl(tmp_path / "x.jsonl", rows)
-    elif kind == "json":
-        source = str(tmp_path / "x.json")
-        (tmp_path / "x.json").write_text(json.dumps(rows))
-    elif kind == "parquet":
-        import pyarrow.parquet
-        from pyarrow import Table
-
-        source = str(tmp_path / "x.parquet")
-        pyarrow.parquet.write_table(Table.from_pylist(rows), source)
+def write(path, rows):
+    path = Path(path)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".parquet":
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, path, row_group_size=70)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
-        source = str(tmp_path)
-        write_jsonl(tmp_path / "train.jsonl", rows[:200])
-        write_jsonl(tmp_path / "test.jsonl", rows[200:])
-    fields, val_split = {"instruction": "q", "response": "a"}, "test" if kind == "directory" else ""
-    meta = prepare(tmp_path / "d", source=source, fields=fields, val_split=val_split, val_fraction=0.2)
-    train, val = texts_of(tmp_path / "d", "train"), texts_of(tmp_path / "d", "val")
-    want = [f"<|im_start|>{r['q']}<|im_end|>{r['a']}<|box_end|>" for r in rows]
-    assert sorted(train + val) == sorted(want) and val
-    assert meta["splits"]["train"]["documents"] == len(train)
-    if kind == "directory":
-        assert (train, val) == (want[:200], want[200:])
+        path.write_text(lines)
 
 
-def test_gsm8k_answers(tmp_path):
-    answer = "He has 48/2 = <<48/2=24>>24 left.\n#### 24"
-    source = write_jsonl(tmp_path / "x.jsonl", [{"question": "How many?", "answer": answer}])
-    fields = {"instruction": "question", "response": "answer"}
-    for kind, tag, response in (
-        ("cot", "<|object_ref_end|>", answer.replace("<<48/2=24>>", "")),
-        ("direct", "<|object_ref_start|>", "24"),
-    ):
-        prepare(tmp_path / kind, source=source, fields=fields, answer=kind, strip_annotations=True, val_fraction=0.0)
-        assert texts_of(tmp_path / kind, "train") == [f"<|im_start|>{tag}How many?<|im_end|>{response}<|box_end|>"]
+def texts_of(name, split="train"):
+    loader = Loader(f"data/{name}", split, 1, 2**20)
+    tokenizer = load_tokenizer(f"data/{name}")
+    return [tokenizer.decode(loader.document(d)[0].tolist()) for d in range(len(loader.lengths))]
 
 
-BAD = [
-    ("{not json", "not a JSON object"),
-    ("[1, 2]", "not a JSON object"),
-    ('{"instruction": "a"}', "no field 'response'"),
-    ('{"instruction": "a", "response": null}', "no text in the field 'response'"),
-    ('{"instruction": 3, "response": "b"}', "no text in the field 'instruction'"),
-    ('{"instruction": "  ", "response": "b"}', "empty instruction"),
-    ('{"instruction": "a", "response": ""}', "empty response"),
-    ('{"instruction": "a", "response": "b", "condition": "cto"}', "unknown condition"),
-    ('{"instruction": "a", "response": "b", "condition": ["c"]}', "unknown condition"),
-]
+def contents(name):
+    return {path.name: path.read_bytes() for path in Path("data", name).iterdir()}
 
 
-def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
-    source = write_jsonl(tmp_path / "x.jsonl", [*ROWS[:2], *(line for line, _ in BAD)])
-    meta = prepare(tmp_path / "d", source=source, skip_bad=True, val_fraction=0.0)
-    assert meta["splits"]["train"]["documents"] == 2
-    assert meta["splits"]["train"]["dropped"] == dict(Counter(why for _, why in BAD))
-    assert "2 (not a JSON object)" in data.report("d", meta)
+@pytest.fixture
+def prepare(run):
+    """prepare("--key=value", ...) -> what data.py prints; the dataset is data/d, all of it train."""
+
+    def prepare_d(*args):
+        return run("data.py", "--dataset=d", "--val_fraction=0.0", "--workers=1", *args)
+
+    return prepare_d
 
 
-def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path):
-    rows = [
-        {"instruction": "i" * 10, "response": "r" * 17},  # boq, eoq and eoa make 30: just fits 29 inputs
-        {"instruction": "i" * 10, "response": "R" * 18},
-        {"instruction": "i" * 50, "response": "r"},
-    ]
-    source = write_jsonl(tmp_path / "x.jsonl", rows)
-    meta = prepare(tmp_path / "t", source=source, block_size=29, val_fraction=0.0)
-    assert texts_of(tmp_path / "t", "train")[1] == f"<|im_start|>{'i' * 10}<|im_end|>{'R' * 18}"  # no eoa
-    assert meta["splits"]["train"]["truncated"] == 1
-    assert meta["splits"]["train"]["dropped"] == {"instruction too long": 1}
-    meta = prepare(tmp_path / "d", source=source, block_size=29, too_long="drop", val_fraction=0.0)
-    assert len(texts_of(tmp_path / "d", "train")) == 1
-    assert meta["splits"]["train"]["dropped"] == {"too long": 1, "instruction too long": 1}
-
-
-def test_a_dataset_is_replaced_whole_and_other_directories_are_left_alone(tmp_path):
-    good = write_jsonl(tmp_path / "good.jsonl", ROWS)
-    prepare(tmp_path / "d", source=good)
-    before = texts_of(tmp_path / "d", "train")
-    with pytest.raises(ValueError):
-        prepare(tmp_path / "d", source=write_jsonl(tmp_path / "bad.jsonl", [*ROWS, "{"]))
-    assert texts_of(tmp_path / "d", "train") == before
-    prepare(tmp_path / "d", source=write_jsonl(tmp_path / "less.jsonl", ROWS[:10]), val_fraction=0.0)
-    assert len(texts_of(tmp_path / "d", "train")) == 10
-    for name in "ckpt.pt", "ckpt-00000100.pt", "run.json", "notes.txt":
-        (tmp_path / "d" / name).touch()
-        with pytest.raises(ValueError, match=f"holds what data.py did not write .{name}.; choose"):
-            prepare(tmp_path / "d", source=good)
-        (tmp_path / "d" / name).unlink()
-    (tmp_path / "d" / "train.idx").unlink()
-    with pytest.raises(ValueError, match="no prepared dataset"):
-        prepare(tmp_path / "d", source=good)
-
-
-def test_a_dataset_whose_replacement_was_killed_between_its_two_renames_is_there(workplace):
-    sizes = "--n_problems=50", "--n_val_problems=5"
-    done = run(workplace, "tests/crash.py", ROOT / "data.py", *sizes, ok=False, CRASH="replace 2")
-    assert done.returncode == -signal.SIGKILL and not (workplace / "data" / "problems").exists()
-    done = run(workplace, "train.py", *TINY, "--max_iters=1")
-    assert "killed while it replaced this dataset; now the new one is in place" in done.stdout
-    assert read_meta(workplace / "data" / "problems")["splits"]["train"]["documents"] == 50
-    assert os.listdir(workplace / "data") == ["problems"]
-
-
-@pytest.mark.parametrize("fields", [{}, {"instruction": "q", "response": "a", "condition": "tag"}])
-def test_a_wrong_column_is_told_with_the_columns_there_are(tmp_path, fields):
-    """A name in --fields must be right, that of the condition too; without, the condition is optional."""
-    source = write_jsonl(tmp_path / "x.jsonl", [{"q": "a", "a": "b"}])
-    with pytest.raises(ValueError) as e:
-        prepare(tmp_path / "d", source=source, fields=fields)
-    what = f"no field '{fields.get('condition', 'instruction')}': the row's fields are 'q', 'a'; name them as in"
-    assert f"""x.jsonl, line 1: {what} --fields="{{'instruction': 'q', 'response': 'a'}}";""" in str(e.value)
-    with pytest.raises(ValueError, match="dropped: 1 no field '.*'; --skip_bad=False tells where"):
-        prepare(tmp_path / "d", source=source, fields=fields, skip_bad=True, val_fraction=0.0)
-
-
-def test_few_rows_are_in_work_at_a_time_if_they_are_large():
-    taken = []
-    results = in_order(str, ((2**24, taken.append(i) or i) for i in range(20)), 8, processes=False)
-    assert next(results) == (2**24, 0, "0") and len(taken) <= 4
-    assert [result for _, _, result in results] == [*map(str, range(1, 20))] and taken == [*range(20)]
-
-
-def test_an_unknown_setting_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="no setting sauce"):
-        prepare(tmp_path / "d", sauce="problems")
+# -----------------------------------------------------------------------------
+# rows
 
 
 @pytest.mark.parametrize(
-    "name, content, sentence",
+    "row",
     [
-        ("x.json", b"", "x.json is empty"),
-        ("x.json", b"null", "x.json, line 1: not a JSON object"),
-        ("x.json", b'[{"instruction": "a"', "x.json is damaged: "),
-        ("x.json", b"[" * 100000, "x.json is damaged: "),
-        ("x.json", b"[[1, 2]]", "x.json, row 0: not a JSON object"),
-        ("x.json", b'{"data": []}', "x.json, line 1: no field 'instruction': the row's fields are 'data'"),
-        ("x.parquet", b"PAR1" + bytes(100), "x.parquet is damaged: Parquet magic bytes not found"),
+        {"instruction": "q", "response": "a"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"question": "q", "answer": "a", "context": "not read"},
+        {"prompt": "q", "completion": "a"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     ],
 )
-def test_a_damaged_source(tmp_path, name, content, sentence):
-    (tmp_path / name).write_bytes(content)
+def test_public_layouts_are_known_by_their_fields(row):
+    assert to_pair(row)[:2] == ("q", "a")
+
+
+def test_inputs_contexts_and_system_turns_are_joined_to_the_instruction():
+    assert to_pair({"instruction": "q", "input": "i", "output": "a"})[0] == "q\n\ni"
+    assert to_pair({"instruction": "q", "context": "c", "response": "a"})[0] == "q\n\nc"
+    roles = ["system", "user", "assistant"]
+    turns = [{"role": role, "content": role} for role in roles]
+    assert to_pair({"messages": turns})[:2] == ("system\n\nuser", "assistant")
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"q": "a", "r": "b"}, "no known pair of fields: q, r; name one as in --fields="),
+        ({"instruction": "a", "response": None}, "no text in the field response"),
+        ({"instruction": 3, "response": "b"}, "no text in the field instruction"),
+        ({"instruction": " ", "response": "b"}, "empty instruction"),
+        ({"instruction": "a", "input": ["x"], "output": "b"}, "no text in the field input"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "several turns"),
+        ({"messages": [{"role": r, "content": r} for r in ("user", "assistant") * 2]}, "several"),
+    ],
+)
+def test_a_row_without_a_pair_is_refused(row, sentence):
     with pytest.raises(ValueError, match=sentence):
-        prepare(tmp_path / "d", source=str(tmp_path / name))
+        to_pair(row)
 
 
-def test_a_source_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="cannot load the dataset"):
-        prepare(tmp_path / "d", source="nobody/nothing")
+def test_conditions_are_read_as_people_write_them():
+    assert to_condition("synth, cot") == to_condition("synth,cot") == "synth,cot"
+    assert to_condition(None) == to_condition("") == ""
+    for value in 0, False, "cto", ["cot"]:
+        with pytest.raises(ValueError, match="unknown condition"):
+            to_condition(value)
 
 
-# ----------------------------------------------------------------------------------------------------
-# the packing loader
+def test_word_problems_are_right_and_validation_has_combinations_of_its_own():
+    found = {}
+    for split in "train", "val":
+        found[split] = set()
+        for row in word_problems(split, 2000, seed=0):
+            *working, last = row["response"].split("\n")
+            for step in working:
+                left, result = step.split("=")
+                assert eval(left) == int(result) > 0
+            assert last == f"#### {result}"
+            words = row["instruction"].replace(",", "").replace(".", "").split()
+            found[split].add((" ".join(w for w in words if w.isdigit()), *working))
+    assert len(found["val"]) > 300 and not found["train"] & found["val"]
 
 
-@pytest.fixture(scope="module")
-def varied(tmp_path_factory):
-    """2,000 documents with lengths spread like GSM8K's; each is recognisable by its text."""
-    directory = tmp_path_factory.mktemp("varied")
-    lengths = np.random.default_rng(0).lognormal(5.3, 0.45, 2000).astype(int)
-    rows = [{"instruction": f"{i} " + "q" * (n // 2), "response": "r" * (n // 2)} for i, n in enumerate(lengths)]
-    prepare(directory / "d", source=write_jsonl(directory / "x.jsonl", rows), val_fraction=0.0, block_size=2048)
-    return directory / "d"
+# -----------------------------------------------------------------------------
+# files
 
 
-def documents_in(batch, encoding):
-    """The instruction numbers of a batch's documents, checked to be whole."""
-    found = []
-    for idx, doc in zip(batch.idx, batch.doc):
-        for number in range(int(doc.max()) + 1):
-            text = encoding.decode(idx[doc == number].tolist())
-            assert text.startswith("<|im_start|>") and "<|im_end|>r" in text
-            found.append(int(text.removeprefix("<|im_start|>").split()[0]))
-    return found
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.parquet"])
+def test_every_kind_of_file_gives_the_same_documents(prepare, name):
+    write(name, ROWS)
+    out = prepare(f"--source={name}")
+    assert texts_of("d") == TEXTS
+    assert f"{name}: instruction + response\n  'What is 0 plus 0?' -> '0 é'" in out
 
 
-@pytest.mark.parametrize("rows, T", [(1, 2048), (4, 2048), (2, 1500)])
-def test_an_epoch_has_every_document_once(varied, rows, T):
-    encoding = load_encoding(varied)
-    seen = Counter()
-    for batch in Loader(varied, "train", rows, T, seed=3, epochs=1):
-        seen.update(documents_in(batch, encoding))
-    assert seen == Counter(range(2000))
-    twice = Counter()
-    for batch in Loader(varied, "train", rows, T, seed=3, epochs=2):
-        twice.update(documents_in(batch, encoding))
-    assert twice == Counter({i: 2 for i in range(2000)})
+def test_lines_with_a_bom_crlf_blank_lines_and_no_final_newline_are_read(prepare):
+    lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    Path("x.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    prepare("--source=x.jsonl")
+    assert texts_of("d") == TEXTS
 
 
-def test_rows_are_full(varied):
-    batches = [*islice(Loader(varied, "train", 4, 4096), 60)]
-    assert sum(b.n_tokens for b in batches) >= 0.995 * 60 * 4 * 4096
-    for b in batches:
-        assert b.n_tokens == int((b.doc >= 0).sum()) and b.n_targets == int((b.targets != IGNORE).sum())
+def test_a_file_named_as_the_split_wins_and_what_is_read_is_printed(prepare):
+    for name in "train.jsonl", "train_val_notes.jsonl", ".ipynb_checkpoints/train.jsonl", "x.jsonl":
+        write(f"s/{name}", ROWS[:3])
+    Path("s/train.csv").touch()
+    out = prepare("--source=s")
+    assert "s: reading train.jsonl; not train.csv, train_val_notes.jsonl" in out
+    assert texts_of("d") == TEXTS[:3]
 
 
-def test_ranks_share_one_plan(varied):
-    whole = Loader(varied, "train", 4, 2048, seed=1)
-    ranks = [Loader(varied, "train", 4, 2048, seed=1, rank=r, world_size=3) for r in range(3)]
-    for _ in range(5):
-        want, parts = next(whole), [next(loader) for loader in ranks]
-        for i in range(4):
-            for r in range(3):
-                assert torch.equal(want[i][r::3], parts[r][i])
-        assert all(want[4:] == part[4:] for part in parts)
-    with pytest.raises(ValueError, match="4 rows is too small for 5 ranks"):
-        Loader(varied, "train", 4, 2048, world_size=5)
+def test_numbered_files_and_folders_of_a_split_are_read(prepare):
+    for i, name in enumerate(["train-00000-of-00002", "train-00001-of-00002"]):
+        write(f"s/data/{name}.parquet", ROWS[i : i + 1])
+    write("s/test/b.jsonl", ROWS[2:3])
+    prepare("--source=s", "--val_split=test")
+    assert (texts_of("d"), texts_of("d", "val")) == (TEXTS[:2], TEXTS[2:3])
 
 
-def test_state_resumes_without_replay(varied):
-    loader = Loader(varied, "train", 4, 2048, seed=1)
-    for _ in range(80):  # over the end of an epoch
-        next(loader)
-    state = json.loads(json.dumps(loader.state))
-    resumed = Loader(varied, "train", 4, 2048, seed=1, state=state)
-    for _ in range(70):
-        a, b = next(loader), next(resumed)
-        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4]))
-    assert loader.state == resumed.state and loader.state["epoch"] >= 2
+def test_only_needed_columns_of_a_table_are_read(prepare):
+    odd = pyarrow.array([2**62, 0], pyarrow.timestamp("us"))  # beyond Python's datetime
+    texts = [pyarrow.array(["a", "b"]).dictionary_encode(), pyarrow.array(["c", "d"], "large_string")]
+    table = pyarrow.table([*texts, odd], ["question", "answer", "date"])
+    pyarrow.parquet.write_table(table, "x.parquet")
+    assert "question + answer; not used: date" in prepare("--source=x.parquet")
+    assert texts_of("d") == [f"<|im_start|>{q}<|im_end|>{a}<|box_end|>" for q, a in ("ac", "bd")]
 
 
-def test_batches_made_ahead_are_the_same_and_hold_the_state_after_them(varied):
-    loader, ahead = Loader(varied, "train", 4, 2048, seed=1), prefetch(Loader(varied, "train", 4, 2048, seed=1))
-    for _ in range(20):
-        want, got = next(loader), next(ahead)
-        assert all(torch.equal(a, b) for a, b in zip(want[:4], got[:4])) and want[4:] == got[4:]
-        assert got.state == loader.state
-    assert len(list(prefetch(Loader(varied, "train", 64, 2048, epochs=1)))) > 0  # it ends
+def test_a_bad_cell_is_a_bad_row(prepare):
+    texts = pyarrow.array([b"good", b"\xff"]).view("string")
+    pyarrow.parquet.write_table(pyarrow.table([texts] * 2, ["prompt", "completion"]), "x.parquet")
+    with pytest.raises(SystemExit, match="x.parquet, row 1: UnicodeDecodeError"):
+        prepare("--source=x.parquet")
+    assert "1 dropped: UnicodeDecodeError" in prepare("--source=x.parquet", "--skip_bad=True")
 
 
-def test_an_error_ahead_comes_in_its_turn():
-    def broken():
-        yield "a batch"
-        raise ValueError("document 7")
-
-    ahead = prefetch(broken())
-    assert next(ahead) == "a batch"
-    with pytest.raises(ValueError, match="document 7"):
-        next(ahead)
+def test_fields_override_what_is_found(prepare):
+    write("x.jsonl", [{"instruction": "no", "response": "no", "q": "yes", "input": "no", "tag": "cot"}])
+    fields = {"instruction": "q", "response": "q", "condition": "tag"}
+    prepare("--source=x.jsonl", f"--fields={fields}")
+    assert texts_of("d") == ["<|im_start|><|object_ref_end|>yes<|im_end|>yes<|box_end|>"]
 
 
-def test_seeds_and_epochs_differ(varied):
-    first = [next(Loader(varied, "train", 1, 2048, seed=s)).idx for s in (1, 2)]
-    assert not torch.equal(*first)
-    loader = Loader(varied, "train", 1, 2048, seed=1)
-    orders = [loader._permutation(epoch) for epoch in (0, 1)]
-    assert not np.array_equal(*orders) and np.array_equal(*map(np.sort, orders))
-    for epoch, order in enumerate(orders):  # in plain words; a checkpoint counts on it
-        assert np.array_equal(order, np.random.default_rng((1, epoch)).permutation(2000))
+def test_a_dataset_of_the_hub_is_read_by_split(prepare, monkeypatch):
+    import datasets
+
+    def load_dataset(source, config, split):
+        assert (source, config) == ("somebody/pairs", "main")
+        labels = datasets.ClassLabel(names=["direct", "cot"])
+        features = datasets.Features(dict.fromkeys(ROWS[0], datasets.Value("string")), level=labels)
+        rows = [{**row, "level": 0} for row in (ROWS[:40] if split == "train" else ROWS[40:50])]
+        return datasets.Dataset.from_list(rows, features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = ["--source=somebody/pairs", "--source_config=main", "--val_split=test"]
+    assert "instruction + response; not used: level" in prepare(*args)
+    assert (texts_of("d"), texts_of("d", "val")) == (TEXTS[:40], TEXTS[40:50])
+    fields = {"condition": "level"}
+    with pytest.raises(SystemExit, match="pairs main train, row 0: unknown condition: 0"):
+        prepare(*args, f"--fields={fields}")
 
 
-def test_documents_longer_than_a_row_are_left_out_and_counted(varied):
-    loader = Loader(varied, "train", 2, 256)
-    lengths = np.diff(open_split(varied, "train")[1], prepend=0) - 1
-    assert loader.left_out == (lengths > 256).sum() > 0 and loader.n_tokens == lengths[lengths <= 256].sum()
-    epoch, encoding = Loader(varied, "train", 2, 256, epochs=1), load_encoding(varied)
-    assert sum(len(documents_in(batch, encoding)) for batch in epoch) == 2000 - loader.left_out
-    with pytest.raises(ValueError, match="no document"):
-        Loader(varied, "train", 2, 8)
+def test_what_neither_a_file_nor_the_hub_has_is_one_sentence(prepare, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for split in "train", "":
+        with pytest.raises(SystemExit, match="nobody/nothing is not here, and the hub does not"):
+            prepare("--source=nobody/nothing", f"--split={split}")
 
 
-@pytest.mark.parametrize("change", [dict(cursor=2000), dict(waiting=[2000]), dict(waiting=["1"]), dict(epoch=-1)])
-def test_a_place_that_is_not_there_is_refused(varied, change):
-    state = Loader(varied, "train", 4, 2048).state | change
-    with pytest.raises(ValueError, match="the loader's state is damaged"):
-        Loader(varied, "train", 4, 2048, state=state)
+def test_gsm8k_is_read_without_its_annotations(run):
+    answer = "He has 48/2 = <<48/2=24>>24 left.\n#### 24"
+    write("s/train.jsonl", [{"question": "How many?", "answer": answer}])
+    run("data.py", ROOT / "config" / "gsm8k.py", "--dataset=d", "--source=s", "--val_fraction=0.0")
+    text = "How many?<|im_end|>He has 48/2 = 24 left.\n#### 24"
+    assert texts_of("d") == [f"<|im_start|><|object_ref_end|>{text}<|box_end|>"]
 
 
-def test_the_loader_holds_four_bytes_per_document(varied, tmp_path):
-    meta = json.loads((varied / "meta.json").read_text())
-    meta["files"][0]["train"]["documents"] = meta["splits"]["train"]["documents"] = 10**6
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    n, lengths = 10**6, np.random.default_rng(0).integers(10, 300, 10**6)
-    np.stack((lengths.cumsum(), lengths // 2), axis=1).tofile(tmp_path / "train.idx")
-    with open(tmp_path / "train.bin", "wb") as file:
-        file.truncate(2 * int(lengths.sum()))
-    tracemalloc.start()
-    loader = Loader(tmp_path, "train", 4, 1024)
-    held, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert loader.plan["documents"] == n and held < 5 * n and peak < 8 * n + 2**25
+BAD = [
+    (b"{not json", "JSONDecodeError"),
+    (b"[1, 2]", "not a JSON object"),
+    (b'{"prompt": "\xff", "completion": "b"}', "UnicodeDecodeError"),
+    (b'{"prompt": "\\ud800", "completion": "b"}', "UnicodeEncodeError"),
+    (b'{"prompt": "a", "completion": ""}', "empty completion"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD)
+def test_a_bad_row_ends_with_its_file_and_line(prepare, line, reason):
+    Path("x.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n\n' + line)
+    with pytest.raises(SystemExit, match=f"x.jsonl, line 3: {reason}.*--skip_bad=True leaves"):
+        prepare("--source=x.jsonl")
+    out = prepare("--source=x.jsonl", "--skip_bad=True")
+    assert f"1 dropped: {reason}" in out and len(texts_of("d")) == 1
+
+
+def cut(name):
+    data = Path(name).read_bytes()
+    Path(name).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet", "x.json"])
+def test_a_damaged_file_is_named(prepare, name):
+    write(name, ROWS)
+    cut(name)
+    with pytest.raises(SystemExit, match=f"{name} cannot be read: "):
+        prepare(f"--source={name}", "--skip_bad=True")
+
+
+def test_a_line_without_end_is_refused(prepare):
+    with open("x.jsonl", "wb") as file:
+        file.write(b'{"prompt": "a", "completion": "b"}\n')
+        file.truncate(2**27)  # sparse
+    with pytest.raises(SystemExit, match="x.jsonl cannot be read: .* the line at byte 35 has"):
+        prepare("--source=x.jsonl", "--skip_bad=True")
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (["--source=none.jsonl"], "none.jsonl is not there"),
+        (["--source=s", "--split=dev"], "no .jsonl, .* for the split 'dev', only: x.jsonl"),
+        (["--source=s", "--val_split=x", "--split="], "x.jsonl is of both splits"),
+        ([], "--source=... tells what data/d is made of"),
+        (["--source=s/x.jsonl", "--val_fraction=1.5"], "val_fraction is a share"),
+        (["--source=s/x.jsonl", "--too_long=cut"], "too_long must be truncate or drop"),
+        (["--source=s/x.jsonl", "--mixture=[{'cap': -1}]"], "cap must be 0 or more"),
+        (["--source=s/x.jsonl", "--mixture=[{'capp': 1}]"], "no capp; it may have name"),
+        (["--source=s/x.jsonl", "--mixture=[{'files': 'y*'}]"], "no file, or none is left.* y"),
+        (["--source=s/x.jsonl", "--condition=cto"], "unknown condition: 'cto'"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(prepare, args, sentence):
+    write("s/x.jsonl", ROWS)
+    with pytest.raises(SystemExit, match=sentence):
+        prepare(*args)
+
+
+def test_long_documents_are_truncated_or_dropped_and_counted(prepare):
+    pairs = ("i" * 10, "r" * 17), ("i" * 10, "R" * 18), ("i" * 50, "r")  # with 3 more: 30, 31, 54
+    write("x.jsonl", [{"prompt": i, "completion": r} for i, r in pairs])
+    out = prepare("--source=x.jsonl", "--block_size=29")
+    assert texts_of("d")[1] == f"<|im_start|>{'i' * 10}<|im_end|>{'R' * 18}"  # no eoa
+    assert "1 truncated: too long" in out and "1 dropped: instruction too long" in out
+    assert "1 dropped: too long" in prepare("--source=x.jsonl", "--block_size=29", "--too_long=drop")
+    assert len(texts_of("d")) == 1
+
+
+def test_answers_to_one_instruction_are_in_one_split(run):
+    write("x.jsonl", ROWS + ROWS)
+    run("data.py", "--dataset=d", "--source=x.jsonl", "--val_fraction=0.2")
+    train, val = Counter(texts_of("d")), Counter(texts_of("d", "val"))
+    assert {*train.values(), *val.values()} == {2} and 30 < len(val) < 90 and len(train + val) == 300
+
+
+# -----------------------------------------------------------------------------
+# a mixture
+
+
+CONFIG = """
+def twice(row):
+    return [row, {**row, "response": "short", "condition": "direct"}] if row["n"] else None
+
+mixture = [
+    dict(files="big*", cap=40),
+    dict(files=["b*", "none*"], cap=25, condition="synth, cot"),
+    dict(name="rows", files="rows*", rows=twice, repeat=3),
+]
+"""
+
+
+def test_the_first_rule_that_fits_counts(prepare):
+    for name, n in ("big.jsonl", 150), ("sub/bees.parquet", 60), ("rows.jsonl", 5), ("z.jsonl", 9):
+        write(f"s/{name}", [{"n": i, **row} for i, row in enumerate(ROWS[:n])])
+    Path("config.py").write_text(CONFIG)
+    out = prepare("config.py", "--source=s", "--split=", "--batch_size=2", "--max_iters=10")
+    meta = json.loads(Path("data/d/meta.json").read_text())
+    counts = {file["name"]: (file["train"]["documents"], file["train"]["per_epoch"]) for file in meta["files"]}
+    assert counts == {"big.jsonl": (150, 40), "rows.jsonl": (8, 24), "sub/bees.parquet": (60, 25), "z.jsonl": (9, 9)}
+    epochs = 2 * 10 * 1024 / meta["splits"]["train"]["tokens_per_epoch"]
+    line = next(line for line in meta["report"] if line.startswith("big*"))
+    assert f"{epochs * 40 / 150:.2f}" in line and line in out
+    config = json.loads(Path("data/d/tokenizer_config.json").read_text())
+    assert config["conditions"] == ["", "synth,cot", "direct"]
+
+
+# -----------------------------------------------------------------------------
+# replaced whole or not at all
+
+
+def test_two_preparations_are_the_same_whatever_the_number_of_workers(prepare):
+    write("x.parquet", ROWS)
+    prepare("--source=x.parquet")
+    before = contents("d")
+    prepare("--source=x.parquet", "--workers=3")
+    assert contents("d") == before and not Path("data/d.part").exists()
+
+
+def test_a_failed_preparation_leaves_the_dataset_and_no_other_directory_is_touched(prepare):
+    write("x.jsonl", ROWS)
+    prepare("--source=x.jsonl")
+    before = contents("d")
+    write("bad.jsonl", [*ROWS, {}])
+    with pytest.raises(SystemExit):
+        prepare("--source=bad.jsonl")
+    assert contents("d") == before
+    Path("data/d/notes.txt").touch()
+    with pytest.raises(SystemExit, match="holds what data.py did not write"):
+        prepare("--source=x.jsonl")
+    assert Path("data/d/notes.txt").exists()
+
+
+def test_a_dataset_killed_between_the_two_renames_is_restored(prepare):
+    write("x.jsonl", ROWS)
+    prepare("--source=x.jsonl")
+    before = contents("d")
+    os.makedirs("data/d.part")
+    os.rename("data/d", "data/d.part/old")
+    with pytest.raises(SystemExit):
+        prepare("--source=none.jsonl")
+    assert contents("d") == before
+
+
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
+script, method, suffix, n = sys.argv[1:5]
+original, n = getattr(Path, method), int(n)
+def counted(self, *args, **options):
+    global n
+    n -= self.suffix == suffix
+    if n < 0:
+        os.kill(os.getppid() if suffix == ".tmp" else os.getpid(), signal.SIGKILL)
+    return original(self, *args, **options)
+setattr(Path, method, counted)
+sys.argv[:] = [script, *sys.argv[5:]]
+sys.path.insert(0, str(Path(script).parent))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place_of_death",
+    [("rename", ".tmp", n) for n in range(3)]  # of a worker's shards
+    + [("rename", "", n) for n in range(2)]  # of the old and the new dataset
+    + [("unlink", ".json", n) for n in range(3)],  # when shards are removed
+)
+def test_a_killed_preparation_goes_on_and_ends_the_same(prepare, place_of_death):
+    for i in range(3):
+        write(f"s/train-{i}.jsonl", ROWS[i * 100 :][:100])
+    args = ["--dataset=d", "--val_fraction=0.0", "--source=s", "--workers=1"]
+    prepare(*args[2:])
+    before = contents("d")
+    command = [sys.executable, "-c", KILLED, ROOT / "data.py", *place_of_death, *args]
+    done = subprocess.run(list(map(str, command)))
+    assert done.returncode == -signal.SIGKILL
+    prepare(*args[2:])
+    assert contents("d") == before and len(os.listdir("data")) == 2
+
+
+# -----------------------------------------------------------------------------
+# the tools before and after it
+
+
+@pytest.mark.parametrize("kind", ["addition", "lists", "arithmetic", "permutations", "sudoku4"])
+def test_puzzles_are_read_and_none_is_in_both_splits(run, kind):
+    run("tools/puzzles.py", f"--kind={kind}", "--level=2", "--n_train=300", "--n_val=30", "--out=s")
+    run("data.py", "--dataset=d", "--source=s", "--val_split=val")
+    train, val = texts_of("d"), texts_of("d", "val")
+    assert (len(train), len(val)) == (300, 30) and not set(train) & set(val)
+    for text in train:
+        question, answer = text.removesuffix("<|box_end|>").split("<|im_end|>")
+        question = question.removeprefix("<|im_start|><|object_ref_start|>")
+        if kind == "addition":
+            assert eval(question) == int(answer)
+        if kind == "arithmetic":
+            assert eval(question.removesuffix(" mod 10")) % 10 == int(answer)
+        if kind == "sudoku4":
+            rows = answer.split()
+            boxes = [rows[r][c : c + 2] + rows[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)]
+            assert all(sorted(unit) == list("1234") for unit in [*rows, *map("".join, zip(*rows)), *boxes])
+
+
+def test_a_tokenizer_is_trained_on_what_data_py_reads(run, prepare):
+    write("x.jsonl", ROWS)
+    run("tools/train_tokenizer.py", "--source=x.jsonl", "--vocab_size=400", "--out=bpe")
+    prepare("--source=x.jsonl", "--tokenizer=bpe")
+    assert texts_of("d") == TEXTS
+    n_tokens = len(Loader("data/d", "train", 1, 64).tokens)
+    prepare("--source=x.jsonl")
+    assert n_tokens < 0.7 * len(Loader("data/d", "train", 1, 64).tokens)
+
+
+def test_inspect_data_shows_documents_and_rows(run, prepare):
+    write("x.jsonl", [*ROWS, {"prompt": "\x1b[31m", "completion": "a"}])
+    prepare("--source=x.jsonl", "--block_size=300")
+    out = run("tools/inspect_data.py", "--dataset=d", "--n=301", "--rows=2")
+    assert "document 0 of 301, x.jsonl: 19 + 5 tokens" in out
+    assert "    <|im_start|>What is 0 plus 0?<|im_end|> | 0 é<|box_end|>" in out
+    assert "\\x1b[31m" in out and "\x1b" not in out
+    first, second = out.splitlines()[-2:]
+    assert len(first) == len(second) == 100 and set(first) <= set("|#=.")

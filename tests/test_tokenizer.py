@@ -1,398 +1,304 @@
-"""Tokenizers: ours, those of others, and what cannot be one; with `tokenizers` as the independent judge."""
+"""Ids as `tokenizers` gives them, from its files and ours; documents; what transformers makes of ours."""
 
 import json
 import random
-import subprocess
 import sys
 import unicodedata
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scripts import ENV, ROOT
 
-import tokenizer as tokenizer_py
-from data import prepare
-from hf import encoding_to_hf, save_hf_tokenizer, write_json
-from sources import word_problems
-from tokenizer import (
-    BYTES,
-    HRM_SPLIT,
-    SPECIAL,
-    SPLIT,
-    Encoding,
-    choose_condition,
-    encode_prompt,
-    load_encoding,
-    make_encoding,
-    portable,
-    read_tokenizer,
-    same_tokenizer,
+from tokenizer import SPECIAL, Tokenizer, get_tokenizer, known_conditions, load_tokenizer
+
+hf = pytest.importorskip("tokenizers")
+
+PUBLISHED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+POSSESSIVE = (  # tiktoken's cl100k_base
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+GAPS = r"\p{L}+|[^\s\p{L}]+"  # matches no blanks
+WORDS = "Ångström café Việt 한국어 がぎぐ ἄνθρωπος \u2126 ﬁ ½ don't 'LL 'ſ 12345 the aaaaaaa ababab"
+WORDS = [*WORDS.split(), *unicodedata.normalize("NFD", WORDS).split()]
+ALPHABET = hf.pre_tokenizers.ByteLevel.alphabet()
+BLANKS = [" " * n for n in range(24, 1, -1)]
 
-CORPUS = [f"{row['instruction']} {row['response']}" for row in word_problems("train", 500, 0)] + [
-    "def f(x):\n    return x ** 2  # naïve café\n" * 3,
-    "数学は楽しい。1234567 + 89 = ?\t\r\n\n   indented",
-]
-HARD = [
-    "",
-    "naïve café — 数学 🙂",
-    "a\tb\r\n  c   ",
-    "\x00\x7f",
-    *CORPUS[::50],
-    "".join(map(chr, range(0x3000))),
-    "🙂👩‍👩‍👧 é é ﷽ 𝔘𝔫𝔦",
-    " \n \t  \r\n\u00a0\u3000 x",
-    "It's 'LL we'd I'm 12,345.67 ½ ²",
-    "<|im_start|><|object_ref_end|>2+2?<|im_end|>4<|box_end|><|nothing|>",
-]
+
+def texts(n):
+    """Nasty ones: marks, jamo, blanks of all kinds, runs, tokens spelled out, anything else."""
+    rng = random.Random(0)
+    common = [*WORDS, *SPECIAL.values()]
+    common += "<think>,\r\n,\u2028,\u2000,\u3000,\x85,\xa0,',’,-,----,_,<,|,>,🙂,\x00,\x7f".split(",")
+    common += "\u0301,\u0323,\u0338,\u0345,\u3099,\u200d,\t,\n,\n\n,\r, ,  ,    ".split(",")
+    rare = [chr(i) for i in range(0x20, 0x2100) if unicodedata.category(chr(i)) != "Cn"]
+    yield from ("", "a" * 2000, " " * 2000 + "x", " \n \n  \t x\r\r\n")
+    for _ in range(n):
+        yield "".join(rng.choice(rng.choice([common, common, rare])) for _ in range(30))
+
+
+def train(directory, regex="", nfc=False, added=(), alphabet=None):
+    """A small BPE that tokenizers trains; regex "": GPT-2's, in ByteLevel."""
+    theirs = hf.Tokenizer(hf.models.BPE())
+    byte_level = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not regex)
+    theirs.pre_tokenizer = byte_level
+    if regex:
+        split = hf.pre_tokenizers.Split(hf.Regex(regex), "isolated")
+        theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([split, byte_level])
+    if nfc:
+        theirs.normalizer = hf.normalizers.NFC()
+    first = ["<|PAD|>", *SPECIAL.values()] if nfc else []
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=1000,
+        initial_alphabet=alphabet or ALPHABET,
+        special_tokens=first,
+        show_progress=False,
+    )
+    theirs.train_from_iterator(texts(300), trainer)
+    theirs.add_tokens([hf.AddedToken(text, normalized=text.isspace()) for text in added])
+    theirs.save(str(directory / "tokenizer.json"))
+    return theirs
+
+
+def assert_same_ids(ours, theirs):
+    for text, i in ours.special.items():
+        assert theirs.encode(text, add_special_tokens=False).ids == [i]
+    theirs.encode_special_tokens = True  # as plain text, as here
+    for text in texts(400):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        decoded = ours.decode(ids)
+        if ours.nfc:
+            text, decoded = (unicodedata.normalize("NFC", x) for x in (text, decoded))
+        assert decoded == text
+
+
+UTF8 = sorted(set(ALPHABET) - set("ÀÁõö÷øùúûüýþÿ"))  # no text has these bytes
+KINDS = {
+    "published": dict(regex=PUBLISHED, nfc=True),
+    "gpt2": {},
+    "gpt-neox": dict(nfc=True, alphabet=UTF8, added=BLANKS),
+    "thinking": dict(regex=PUBLISHED, nfc=True, added=["<think>", "<thi"]),
+    "regex with gaps": dict(regex=GAPS),
+}
+
+
+def assert_saved(ours, directory):
+    ours.save(directory)
+    assert_same_ids(ours, hf.Tokenizer.from_file(str(directory / "tokenizer.json")))
+    again = load_tokenizer(directory)
+    assert all(again.encode(text) == ours.encode(text) for text in texts(100))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_their_files_give_their_ids_here_and_when_saved_again(tmp_path, kind):
+    theirs = train(tmp_path, **KINDS[kind])
+    ours = load_tokenizer(tmp_path)
+    theirs.add_special_tokens([*SPECIAL.values()])  # after the others, as here
+    assert_same_ids(ours, theirs)
+    assert ours.n_vocab == theirs.get_vocab_size()
+    assert_saved(ours, tmp_path)
+
+
+@pytest.mark.parametrize("regex", [None, POSSESSIVE])
+def test_bytes_and_regexes_of_tiktoken_in_their_format(tmp_path, regex):
+    ours = get_tokenizer("bytes")
+    if regex:
+        train(tmp_path, r"\s*\p{N}+|\s*\S+")
+        ours = Tokenizer(load_tokenizer(tmp_path).ranks, regex, {"<|a|>": 2000, "<|b|>": 2010})
+    assert_saved(ours, tmp_path)
 
 
 @pytest.fixture
-def tokenizers():
-    return pytest.importorskip("tokenizers")
+def file(tmp_path):
+    """The content of a tokenizer.json of 300 ids, and a function that writes it changed."""
+    train(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+
+    def write(**changes):
+        path.write_text(json.dumps({**content, **changes}))
+        return tmp_path
+
+    return content, write
 
 
-def test_byte_tokenizer_round_trips_every_text():
-    encoding = make_encoding("bytes")
-    assert encoding.n_vocab == 256 + len(SPECIAL)
-    for text in HARD:
-        assert encoding.encode_ordinary(text) == encoding.encode(text) == list(text.encode())
-
-
-def test_trained_tokenizer_round_trips_and_has_the_size_asked_for(tmp_path):
-    pytest.importorskip("rustbpe")
-    encoding = make_encoding("train:300", texts=CORPUS)
-    assert encoding.n_vocab == 300
-    prepare(tmp_path / "d", n_problems=300, n_val_problems=1, tokenizer="train:300")
-    again, from_file = load_encoding(tmp_path / "d"), make_encoding(str(tmp_path / "d" / "tokenizer.tiktoken"))
-    for text in HARD:
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
-        assert again.decode(again.encode_ordinary(text)) == text
-        assert again.encode_ordinary(text) == from_file.encode_ordinary(text)
-    assert again.special_tokens == encoding.special_tokens == from_file.special_tokens
-
-
-def trained(texts, size=600, **options):
-    """The ranks of a tokenizer that is trained on texts."""
-    pytest.importorskip("rustbpe")
-    return make_encoding(f"train:{size}", texts=texts, **options).ranks
-
-
-def test_the_same_texts_give_the_same_tokenizer():
-    """Whatever the number of threads, and the seed of Python's hashes."""
-    pytest.importorskip("rustbpe")
-    code = "import hashlib; from sources import *; from tokenizer import *; rows = word_problems('train', 3000, 0)\n"
-    code += "e = make_encoding('train:400', 'hrm', (row['instruction'] for row in rows), 'NFC')\n"
-    code += "print(e.n_vocab, hashlib.sha256(repr(e.ranks).encode()).hexdigest())"
-    env = {**ENV, "PYTHONPATH": str(ROOT)}
-    threads = [{**env, "RAYON_NUM_THREADS": n, "PYTHONHASHSEED": n} for n in "13"]
-    first, second = (subprocess.check_output([sys.executable, "-c", code], env=e, stderr=-3) for e in threads)
-    assert first == second and first.startswith(b"400 ")
-
-
-def test_a_tokenizer_is_trained_on_the_beginnings_of_texts(monkeypatch):
-    texts = [text + "the end " * 50 for text in CORPUS for _ in range(3)]
-    monkeypatch.setattr(tokenizer_py, "MAX_CHARS", 40)
-    assert trained(texts) == trained([text[:40] for text in texts]) != trained(CORPUS)
-
-
-def test_training_reads_no_more_than_it_may(monkeypatch):
-    """So many characters, or so many bytes of different words; as many equal ones as there are."""
-
-    def n_read(texts):
-        texts = iter(texts)
-        trained(text for text in texts)
-        return 3000 - len([*texts])
-
-    words = [f"{a}{b}{c}" for a in "abcdefghijklmno" for b in "éèàùâêîôûç" for c in "klmnopqrstuvwxyzKLMN"]
-    monkeypatch.setattr(tokenizer_py, "MAX_DISTINCT_BYTES", 4000)
-    assert 700 < n_read(words) < 1500  # of 4 bytes each
-    assert n_read(["again and again"] * 3000) == 3000
-    monkeypatch.setattr(tokenizer_py, "MAX_TRAINING_CHARS", 1500)
-    assert n_read(["again and again"] * 3000) == 101
-
-
-def test_a_tokenizer_with_the_published_split_and_normalizer(tmp_path, tokenizers):
-    """It learns from composed text, and is theirs in their format."""
-    texts = [*CORPUS, *[unicodedata.normalize("NFD", UNICODE)] * 20]
-    options = dict(pat_str="hrm", normalizer="NFC")
-    assert trained(texts, **options) == trained([unicodedata.normalize("NFC", text) for text in texts], **options)
-    assert trained(texts, **options) != trained(texts, pat_str="hrm")
-    encoding = make_encoding("train:600", texts=texts, **options)
-    assert (encoding.pat_str, encoding.normalizer, encoding.n_vocab) == (PUBLISHED_SPLIT, "NFC", 600)
-    save_hf_tokenizer(encoding, tmp_path)
-    same_ids(encoding, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), [*texts, UNICODE])
-    assert same_tokenizer(load_encoding(tmp_path), encoding)
-    with pytest.raises(ValueError, match="normalizer 'NFKC'; only NFC"):
-        make_encoding("train:600", texts=texts, normalizer="NFKC")
-
-
-@given(st.text(), st.binary())
-def test_any_text_and_any_bytes_come_back(text, some):
-    for split in SPLIT, HRM_SPLIT:
-        encoding = Encoding("pairs", {**BYTES, b"th": 256, b" th": 257, b"\xc3\xa9": 258, b"\r\n": 259}, split, {})
-        assert encoding.decode(encoding.encode(text)) == text
-    assert b"".join(encoding.decode_single_token_bytes(encoding.ranks[bytes([i])]) for i in some) == some
-
-
-def test_a_regex_that_fails_in_training_is_an_error():
-    with pytest.raises(ValueError, match="the regex .* fails on 'a text'"):
-        trained(["ab" * 9999], pat_str=r"(?:a|b|ab)+(?=c)|[\s\S]")
-
-
-@pytest.mark.parametrize("wrong", ["train:12", "train:x", "no_such_encoding"])
-def test_unknown_tokenizers_are_refused(wrong):
-    with pytest.raises(ValueError, match="tokenizer="):
-        make_encoding(wrong)
-
-
-# ----------------------------------------------------------------------------------------------------
-# tokenizer.json
-
-
-def same_ids(encoding, tokenizer, texts=HARD):
-    """Of the special tokens, and on every text, where they are spelled in plain text."""
-    for text, i in encoding.special_tokens.items():
-        assert tokenizer.token_to_id(text) == i and tokenizer.encode(text, add_special_tokens=False).ids == [i]
-    tokenizer.encode_special_tokens = True
-    for text in texts:
-        assert encoding.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
-        assert tokenizer.decode(encoding.encode(text), skip_special_tokens=False) == encoding.normalize(text)
-    tokenizer.encode_special_tokens = False
-
-
-@pytest.mark.parametrize("spec", ["bytes", "train:1000"])
-def test_our_tokenizers_in_their_format(tmp_path, tokenizers, spec):
-    if spec.startswith("train"):
-        pytest.importorskip("rustbpe")
-    encoding = make_encoding(spec, texts=CORPUS)
-    save_hf_tokenizer(encoding, tmp_path)
-    same_ids(encoding, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
-    assert same_tokenizer(load_encoding(tmp_path), encoding)  # and back
-
-
-@pytest.mark.parametrize("split", ["gpt2", "ours", "special tokens first"])
-def test_their_tokenizers_in_our_format(tmp_path, tokenizers, split):
-    """Loaded from their file, and from a dataset that was made with it."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "ours")
-    tokenizer.pre_tokenizer = byte_level
-    if split == "ours":
-        by_regex = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([by_regex, byte_level])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    first = list(SPECIAL.values()) if split == "special tokens first" else []
-    options = dict(initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=first)
-    tokenizer.train_from_iterator(CORPUS, tokenizers.trainers.BpeTrainer(vocab_size=1000, **options))
-    tokenizer.add_special_tokens(list(SPECIAL.values()))
-    (tmp_path / "theirs").mkdir()
-    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
-    prepare(tmp_path / "d", n_problems=10, n_val_problems=1, tokenizer=str(tmp_path / "theirs"))
-    for directory in "theirs", "d":
-        encoding = load_encoding(tmp_path / directory)
-        assert encoding.n_vocab == tokenizer.get_vocab_size()
-        same_ids(encoding, tokenizer)
-
-
-def split_by(regex):
-    """Their step that splits text by a regex, then the one that makes bytes of it."""
-    split, byte_level = encoding_to_hf(make_encoding("bytes"))["pre_tokenizer"]["pretokenizers"]
-    return {"type": "Sequence", "pretokenizers": [{**split, "pattern": {"Regex": regex}}, byte_level]}
-
-
-# As in REFERENCE.md: the split, and the special tokens, of which the model's directory has some more.
-PUBLISHED_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-PUBLISHED_SPLIT += r"|\s+(?!\S)|\s+"
-PUBLISHED_SPECIAL = ["<|PAD|>", "<|direct|>", "<|cot|>", "<|noisy|>", "<|synth|>", "<|endoftext|>", *SPECIAL.values()]
-UNICODE = "Ångström naïve café Việt Nam 한국어 각 がぎぐ ἄνθρωπος ñ ö ệ \u2126 \u212b \u0958 ﬁ ½"
-UNICODE = unicodedata.normalize("NFD", UNICODE) + UNICODE
-
-
-def published_tokenizer(tokenizers, path, vocab_size, texts):
-    """A tokenizer by the published recipe, saved at `path`."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.normalizer = tokenizers.normalizers.NFC()
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PUBLISHED_SPLIT), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    options = dict(initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=PUBLISHED_SPECIAL)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, **options)
-    tokenizer.train_from_iterator([*CORPUS, *texts], trainer)
-    tokenizer.save(str(path))
-    return tokenizer
-
-
-def random_texts(n):
-    """Texts of letters, Hangul in syllables and in jamo, marks, digits, blanks, CRLF, and special tokens."""
-    rng = random.Random(0)
-    parts = [*PUBLISHED_SPECIAL, *UNICODE.split(), "'LL", "don't", "\r\n", "\r\n\r\n", "    "]
-    parts += "   \t\n\r\u00a0\u2028aé字'’-_<|>12½🙂\x00\x7f\u0301\u0323\u0345\u094d\u3099\u200d"
-    ranges = (0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x1100, 0x1200), (0xAC00, 0xD7A4), (0x3040, 0x3100)
-    ranges += (0x900, 0x980), (0x1E00, 0x2000), (0x1F300, 0x1F700), (0xF900, 0xFA00), (0xE000, 0xE010)
-    for _ in range(n):
-        text = (rng.choice(parts) if rng.random() < 0.6 else chr(rng.randrange(*rng.choice(ranges))) for _ in range(40))
-        yield "".join(text)
-
-
-def test_a_tokenizer_by_the_published_recipe(tmp_path, tokenizers):
-    """The same ids from their file, from a dataset that was made with it, and there and back."""
-    texts = [*HARD, UNICODE, unicodedata.normalize("NFC", UNICODE), *random_texts(2000)]
-    assigned = unicodedata.ucd_3_2_0.category  # their NFC does not know marks that came with Unicode 10 and later
-    texts = ["".join(c for c in text if assigned(c) != "Cn") for text in texts]
-    theirs = published_tokenizer(tokenizers, tmp_path / "tokenizer.json", 2000, texts[:400])
-    ours = load_encoding(tmp_path)
-    assert ours.n_vocab == 2000 and ours.special_tokens == {text: i for i, text in enumerate(PUBLISHED_SPECIAL)}
-    same_ids(ours, theirs, texts)
-    prepare(tmp_path / "d", n_problems=10, n_val_problems=1, tokenizer=str(tmp_path))
-    assert same_tokenizer(load_encoding(tmp_path / "d"), ours)
-    composed = theirs.normalizer.normalize_str(UNICODE)
-    assert encode_prompt(ours, UNICODE) == encode_prompt(ours, composed) and composed != UNICODE
-    (tmp_path / "out").mkdir()
-    save_hf_tokenizer(ours, tmp_path / "out")
-    same_ids(ours, tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")), texts)
-    assert same_tokenizer(load_encoding(tmp_path / "out"), ours)
-    meta = json.loads((tmp_path / "d" / "meta.json").read_text())
-    del meta["tokenizer"]["normalizer"]  # as in a dataset from before there were any
-    write_json(tmp_path / "d" / "meta.json", meta)
-    plain = load_encoding(tmp_path / "d")
-    assert not same_tokenizer(plain, ours) and plain.decode(plain.encode(UNICODE)) == UNICODE
+FLAGS = dict.fromkeys(["special", "normalized", "single_word", "lstrip", "rstrip"], False)
+TOKEN = {"id": 1000, "content": "<x>", **FLAGS}
+SPLIT = """{"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": REGEX}, "behavior": "Isolated", "invert": false},
+    {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}]}"""
 
 
 @pytest.mark.parametrize(
-    "change, sentence",
+    "changes",
     [
-        ({"normalizer": {"type": "NFKC"}}, r"a normalizer \(NFKC\) is not supported, only NFC"),
-        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "Lowercase"),
-        ({"normalizer": {"type": "Sequence", "normalizers": 3}}, "no tokenizer of byte-level BPE"),
-        ({"normalizer": "NFC"}, "no tokenizer of byte-level BPE"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "must be split by"),
-        ({"model": {"type": "Unigram", "vocab": {}, "merges": []}}, "only byte-level BPE"),
-        ({"model": 3}, "no tokenizer of byte-level BPE"),
-        ({"model": {"type": "BPE", "vocab": None, "merges": []}}, "no tokenizer of byte-level BPE"),
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "must be split by"),
-        ({"added_tokens": [{"id": 256, "content": "<x>", "lstrip": True}]}, "lstrip"),
-        ({"added_tokens": [{"id": 7, "content": "<x>"}]}, "same id"),
-        ({"added_tokens": [{"id": 300, "content": "<x>"}, {"id": 300, "content": "<y>"}]}, "same id"),
-        ({"added_tokens": [{"id": -1, "content": "<x>"}]}, "ids below 0"),
-        ({"added_tokens": [{"id": 2**31, "content": "<x>"}]}, "above 2147483647"),
-        ({"added_tokens": [{"id": True, "content": "<x>"}]}, "no whole number"),
-        ({"added_tokens": [{"id": 300, "content": 3}]}, "no tokenizer of byte-level BPE"),
-        ({"added_tokens": [{"content": "<x>"}]}, "no tokenizer of byte-level BPE"),
-        ({"pre_tokenizer": split_by(r"\p{L}+")}, r"regex '\\\\p{L}\+' does not cover all text, such as '1'"),
-        ({"pre_tokenizer": split_by(r"\S+|[ \n]")}, "does not cover all text"),
-        ({"pre_tokenizer": split_by("x*")}, "regex 'x.' matches where it takes no text"),
-        ({"pre_tokenizer": split_by("(")}, "regex '.' cannot be used"),
-        ({"pre_tokenizer": split_by("(" * 3000 + ")" * 3000)}, "a regex of 6,000 characters"),
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {"pre_tokenizer": json.loads(SPLIT.replace("REGEX", r'"\\p{N}{1,3}+|[\\s\\S]"'))},
+        {"pre_tokenizer": json.loads(SPLIT.replace("REGEX", r'"\\w+|\\W"'))},
+        {"added_tokens": [{**TOKEN, "lstrip": True}]},
+        {"added_tokens": [{**TOKEN, "normalized": True}], "normalizer": {"type": "NFC"}},
     ],
 )
-def test_other_tokenizers_are_refused(tmp_path, change, sentence, capfd):
-    file = encoding_to_hf(Encoding("bytes", BYTES, r"[\s\S]", {}))
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**file, **change}))
-    with pytest.raises(ValueError, match=sentence) as e:
-        load_encoding(tmp_path)
-    assert str(tmp_path) in str(e.value) and "panicked" not in capfd.readouterr().err
-
-
-def hand_made(merges, extra=()):
-    """A tokenizer.json of the bytes, then the tokens that merges make, then extra ones without a merge."""
-    file = encoding_to_hf(make_encoding("bytes"))
-    file["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    for i, token in enumerate([a + b for a, b in merges] + list(extra)):
-        file["model"]["vocab"][token] = 300 + i
-    file["model"].update(merges=[list(pair) for pair in merges], ignore_merges=False)
-    return file
+def test_what_tiktoken_does_not_do_is_refused(file, changes):
+    _, write = file
+    load_tokenizer(write())
+    with pytest.raises(ValueError, match="tokenizer.json: "):
+        load_tokenizer(write(**changes))
 
 
 @pytest.mark.parametrize(
-    "merges, extra", [([("b", "c"), ("a", "b"), ("ab", "c")], ()), ([], ["hello"]), ([("a", "b")], ["abab"])]
+    "merges, extra, ignore_merges, fits",
+    [
+        (["a b", "ab c", "abc ab"], [], False, True),
+        (["a b", "b c", "ab c", "a bc"], [], True, True),  # every way to make a token, as converters list them
+        (["b c", "a b", "ab c"], [], False, False),  # tokenizers makes a|bc of abc
+        ([], ["hello"], False, False),
+        (["b c", "a b"], ["ab"], False, False),  # ids in another order
+        ([], ["hello"], True, True),
+        (["a b"], ["abc"], True, False),  # tiktoken makes abc of ab and c
+    ],
 )
-def test_merges_that_tiktoken_would_make_otherwise_are_refused(tmp_path, tokenizers, merges, extra):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(hand_made(merges, extra)))
-    with pytest.raises(ValueError, match="do not make the token"):
-        load_encoding(tmp_path)
-    path.write_text(json.dumps(hand_made([("a", "b"), ("ab", "c"), ("abc", "ab")])))
-    tokenizer, encoding = tokenizers.Tokenizer.from_file(str(path)), load_encoding(tmp_path)
-    for text in "abc", "abcab", "aabcabcab", "bcabab":
-        assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
+def test_merges_that_tiktoken_would_make_otherwise_are_refused(file, merges, extra, ignore_merges, fits):
+    content, write = file
+    vocab = {text: i for text, i in content["model"]["vocab"].items() if len(text) == 1}
+    for text in [*extra, *[pair.replace(" ", "") for pair in merges]]:
+        vocab.setdefault(text, len(vocab))
+    model = {**content["model"], "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
+    directory = write(model=model)
+    if not fits:
+        with pytest.raises(ValueError, match="tiktoken would"):
+            load_tokenizer(directory)
+        return
+    ours = load_tokenizer(directory)
+    theirs = hf.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for text in "abc", "abcab", "aabcabcab", "bcabab", "hello":
+        assert ours.encode(text) == theirs.encode(text).ids
 
 
-def test_a_token_that_two_pairs_make_has_the_rank_of_its_last_merge(tmp_path, tokenizers):
-    """tiktoken makes abc of ab and c, since ab has the lowest id; where the list has that pair counts."""
-    path, file = tmp_path / "tokenizer.json", hand_made([("a", "b"), ("a", "bc"), ("c", "d"), ("b", "c"), ("ab", "c")])
-    path.write_text(json.dumps(file))
-    tokenizer, encoding = tokenizers.Tokenizer.from_file(str(path)), load_encoding(tmp_path)
-    for text in "abcd", "abc", "bcd":
-        assert encoding.encode(text) == tokenizer.encode(text).ids
-    file["model"]["vocab"]["abc"] = 301
-    path.write_text(json.dumps(file))
-    with pytest.raises(ValueError, match="do not rise in the order of the merges"):
-        load_encoding(tmp_path)
+def test_a_byte_without_a_token_is_refused(tmp_path):
+    train(tmp_path, alphabet=["a", "b"], regex=PUBLISHED)
+    with pytest.raises(ValueError, match="bytes have no token"):
+        load_tokenizer(tmp_path)
 
 
-def test_possessive_repetitions_survive_the_export(tmp_path, tokenizers):
-    """As in cl100k_base, whose \\p{N}{1,3}+ other regex engines read as a repetition of groups."""
-    ranks = {**{bytes([i]): i for i in range(256)}, b"12": 256, b"34": 257, b"123": 258, b"1234": 259, b"456": 260}
-    encoding = Encoding("numbers", ranks, r"\p{N}{1,3}+| ?\p{L}++|[^\p{N}\p{L}]", {})
-    save_hf_tokenizer(encoding, tmp_path)
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in "1234", "12345678", "½²34 abc 1", "99999":
-        assert encoding.encode_ordinary(text) == tokenizer.encode(text).ids
-    assert portable(encoding.pat_str) == r"(?>\p{N}{1,3})| ?\p{L}++|[^\p{N}\p{L}]"
+# -----------------------------------------------------------------------------
+# documents
 
 
-def test_a_token_too_long_to_check_is_refused_at_once(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(hand_made([("a", "b")], ["ab" * 10000])))
-    with pytest.raises(ValueError, match="tokens are too long: one has 20,000 bytes"):
-        load_encoding(tmp_path)
+def test_a_document_and_its_prefix():
+    tokenizer = get_tokenizer("bytes")
+    boq, eoq, eoa, _, cot, _, synth = tokenizer.id_of.values()
+    prefix = [boq, synth, cot, *b"<|im_end|>", eoq]  # spelled in a text it is text
+    for condition in "synth,cot", " synth, cot ", "synth,,cot,none":
+        assert tokenizer.prompt("<|im_end|>", condition) == prefix
+    document = tokenizer.document("<|im_end|>", "é", "synth,cot")
+    assert document == ([*prefix, *"é".encode(), eoa], len(prefix))
+    assert tokenizer.prompt("", "none") == tokenizer.prompt("") == [boq, eoq]
+    with pytest.raises(SystemExit, match="no condition 'drect'; there are direct, cot, noisy, synth"):
+        tokenizer.prompt("", "drect")
 
 
-@pytest.mark.parametrize("condition", [3, None, ["cot"], "drect"])
-def test_a_condition_that_is_none_names_its_file(tmp_path, condition):
-    write_json(tmp_path / "tokenizer_config.json", {"condition": condition})
-    with pytest.raises(ValueError, match="tokenizer_config.json does not tell the condition of prompts: .*condition"):
-        choose_condition("", tmp_path)
+def test_text_that_has_no_ids_raises():
+    tokenizer = get_tokenizer("bytes")
+    for text in "\ud800", "a" + " \n" * 300_000:
+        with pytest.raises(ValueError):
+            tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("special", [{"x": "300"}, {"x": 7}, {"x": 262, "y": 262}, {"x": -1}, {"x": 10**40}])
-def test_special_tokens_that_cannot_be_name_their_file(problems_dir, tmp_path, special):
-    for name in "meta.json", "tokenizer.tiktoken":
-        (tmp_path / name).write_bytes((problems_dir / name).read_bytes())
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    meta["tokenizer"]["special_tokens"] = special
-    write_json(tmp_path / "meta.json", meta)
-    with pytest.raises(ValueError, match="meta.json is damaged"):
-        read_tokenizer(tmp_path)
+def test_without_tiktoken_ids_are_read(tmp_path, monkeypatch):
+    get_tokenizer("bytes").save(tmp_path)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode([*"né".encode(), 257, 10**6]) == "né<|im_end|>"
 
 
-def test_a_text_that_tiktoken_cannot_split_is_a_bad_row(tmp_path, capfd):
-    """It stops a preparation with its line, or is dropped; so it is in training a tokenizer. Rust prints no panic."""
-    pytest.importorskip("rustbpe")
-    rows = [dict(instruction=text, response="b") for text in ("a", "a" + " " * 1_200_000, "c " * 600_000)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = dict(source=str(tmp_path / "x.jsonl"), tokenizer="train:300", val_fraction=0.0, block_size=2**21)
-    with pytest.raises(ValueError, match="x.jsonl, line 2: .* blanks in a row .*; --skip_bad=True"):
-        prepare(tmp_path / "d", **options)
-    counts = prepare(tmp_path / "d", **options, skip_bad=True)["splits"]["train"]
-    assert counts["documents"] == 2 and sum(counts["dropped"].values()) == 1
-    assert "panicked" not in capfd.readouterr().err
+def test_names(tmp_path, monkeypatch):
+    get_tokenizer("bytes").save(tmp_path, ["synth,cot", ""])
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert get_tokenizer(f"~/{tmp_path.name}").n_vocab == 263
+    assert known_conditions(tmp_path) == ["synth,cot", ""]
+    assert known_conditions(tmp_path.parent) == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in "byts", "nobody/nothing", "no/such/directory":
+        with pytest.raises(SystemExit, match=f"no tokenizer '{name}'; .* hub id, bytes, .*cl100k_base"):
+            get_tokenizer(name)
 
 
-def test_a_panic_of_rust_is_an_error():
-    encoding = Encoding("greedy", BYTES, r"(?:a|b)+(?=c)|[\s\S]", {}).checked()
-    with pytest.raises(ValueError, match="the regex .* fails on 'abab"):
-        encoding.encode("ab" * 600_000)
-    assert encoding.encode("ab") == [97, 98]
+# -----------------------------------------------------------------------------
+# transformers
 
 
-def test_tiktoken_without_a_network_names_the_tokenizer(monkeypatch):
-    tiktoken = pytest.importorskip("tiktoken")
+@pytest.fixture
+def auto(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    get_tokenizer("bytes").save(tmp_path, ["cot", "direct"], 512)
+    return transformers.AutoTokenizer.from_pretrained(tmp_path)
 
-    def offline(name):
-        raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="tokenizer=gpt2: tiktoken must download its vocabulary once, and cannot: .*$"):
-        make_encoding("gpt2")
+def test_the_chat_template_is_our_prompt(auto):
+    text = "What is 2+2? é"
+    message = {"role": "user", "content": text}
+    ours = get_tokenizer("bytes")
+    for condition in "cot", "synth, cot", "", "none":
+        encoded = auto.apply_chat_template([message], condition=condition, return_dict=True)
+        assert encoded["input_ids"] == ours.prompt(text, condition)
+        assert set(encoded["token_type_ids"]) == {1}
+    with pytest.raises(Exception, match="no condition drect; there are direct, cot, noisy, synth"):
+        auto.apply_chat_template([message], condition="drect")
+    with pytest.raises(Exception, match="a single message"):
+        auto.apply_chat_template([message, message])
+
+
+def fine_tuning_batch(auto, questions, answers):
+    """As in docs/hugging-face.md."""
+    messages = [[{"role": "user", "content": text}] for text in questions]
+    prompts = auto.apply_chat_template(messages, tokenize=False)
+    answers = [text + auto.eos_token for text in answers]
+    batch = auto(prompts, answers, padding=True, return_tensors="pt")
+    not_answer = (batch["token_type_ids"] == 1) | (batch["attention_mask"] == 0)
+    batch["labels"] = batch["input_ids"].masked_fill(not_answer, -100)
+    return prompts, batch
+
+
+def test_a_batch_for_fine_tuning_is_our_documents_and_targets_the_answers(auto):
+    """The chat template has the most frequent condition, cot, by default."""
+    from transformers import DataCollatorForLanguageModeling
+
+    _, batch = fine_tuning_batch(auto, ["1+1", "12+30"], ["2", "42"])
+    ours = get_tokenizer("bytes")
+    documents = [ours.document("1+1", "2", "cot"), ours.document("12+30", "42", "cot")]
+    for row, labels, (ids, n_prefix) in zip(batch["input_ids"], batch["labels"], documents):
+        assert row[-len(ids) :].tolist() == ids
+        assert labels[labels != -100].tolist() == ids[n_prefix:]
+    collator = DataCollatorForLanguageModeling(auto, mlm=False)
+    labels = collator([{"input_ids": ids} for ids, _ in documents])["labels"]
+    assert labels[:, -1].tolist() == [ours.id_of["eoa"]] * 2  # which is not masked as padding
+
+
+def test_fine_tuned_in_transformers_an_answer_does_not_see_what_comes_after(auto):
+    """It does where prompt and answer are one text, which is all prefix."""
+    import torch
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    torch.manual_seed(0)
+    config = HrmTextConfig(
+        vocab_size=263,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=16,
+        initializer_range=0.1,
+    )
+    model = HrmTextForCausalLM(config).eval()
+    logits = []
+    for answer in "123", "129":
+        (prompt,), batch = fine_tuning_batch(auto, ["1+1"], [answer])
+        one_text = auto([prompt + answer + auto.eos_token], return_tensors="pt")
+        with torch.no_grad():
+            logits.append([model(**inputs).logits[0, :-2] for inputs in (batch, one_text)])
+    (pair, one), (other_pair, other_one) = logits
+    assert torch.equal(pair, other_pair) and not torch.allclose(one, other_one, atol=1e-3)

@@ -1,174 +1,309 @@
-"""Whole runs of train.py, sample.py and eval.py, as a user starts them."""
+"""A run ends in the same weights, whatever happens to it, and never loses what it has."""
 
 import json
-import shutil
+import os
+import re
+import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from scripts import ENV, TINY, command, run
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
 
-import devices
-from devices import ThreadsByLoad, cpu_multiplies_bf16
+import checkpoint
+import model
+import optim
 
-
-def read_log(out, key="loss"):
-    """{iter: value} of log.jsonl."""
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {e["iter"]: e[key] for e in entries if key in e}
+RUN = [*TINY, "--max_iters=12", "--log_interval=2", "--checkpoint_interval=4", "--eval_interval=6"]
 
 
-def checkpoint(out, name="ckpt.pt"):
-    return torch.load(out / name, weights_only=True)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, problems):
+    """The out_dir of a run that nothing happens to."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "data").symlink_to(problems)
+    subprocess.run([sys.executable, ROOT / "train.py", *RUN], cwd=place, check=True)
+    return place / "out"
 
 
-def averages(out):
-    """{name: moving average of the weight} in a checkpoint."""
-    ckpt = checkpoint(out)
-    names = (name for name in ckpt["model"] if name != "z_L_init")
-    return {name: ckpt["optimizer"]["state"][i]["ema"] for i, name in enumerate(names)}
+def assert_same(out, whole, exactly=True):
+    for name in "model.safetensors", "train.safetensors":
+        ours, theirs = (load_file(path / "step-0000012" / name) for path in (out, whole))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            if exactly:
+                assert torch.equal(ours[key], theirs[key]), key
+            else:
+                torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2e-6, msg=key)
+    logs = []
+    for path in out, whole:
+        lines = (path / "log.jsonl").read_text().splitlines()
+        logs.append([(e["iter"], "val_loss" in e, e.get("loss")) for e in map(json.loads, lines)])
+    if exactly:
+        assert logs[0] == logs[1]
+    else:
+        assert [entry[:2] for entry in logs[0]] == [entry[:2] for entry in logs[1]]
 
 
-def test_schedules_and_log(workplace):
-    args = [*TINY, "--max_iters=50", "--log_interval=1", "--warmup_iters=9", "--decay=0.2", "--sample_prompts=2"]
-    said = run(workplace, "train.py", *args, PLOTS="1").stdout
-    assert said.count("? -> ") + said.count(". -> ") == 2  # instructions of val, and the model's answers
-    lr, bp_steps = read_log(workplace / "out", "lr"), read_log(workplace / "out", "bp_steps")
-    assert lr[1] == pytest.approx(1e-4) and lr[10] == lr[40] == pytest.approx(1e-3) and lr[46] == pytest.approx(5e-4)
-    assert [bp_steps[i] for i in (1, 4, 5, 7, 8, 10, 11, 50)] == [2, 2, 3, 3, 4, 4, 5, 5]
-    for key in "tokens_per_sec", "grad_norm", "weight_norm", "accuracy", "epoch", "seconds":
-        values = read_log(workplace / "out", key)
-        assert set(values) == set(range(1, 51)) and all(value >= 0 for value in values.values())
-    epoch, tokens = read_log(workplace / "out", "epoch"), read_log(workplace / "out", "tokens")
-    in_an_epoch = json.loads((workplace / "out" / "meta.json").read_text())["splits"]["train"]
-    of_input = in_an_epoch["tokens"] - in_an_epoch["documents"]
-    assert epoch[50] == pytest.approx(tokens[50] / of_input, abs=0.05)
-    assert (workplace / "out" / "loss.svg").stat().st_size > 10000
+def die_at_call(monkeypatch, place, name, n):
+    """The nth call of a function ends the run, as a kill would: nothing after it is done."""
+    function, calls = getattr(place, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, dying)
 
 
-def test_a_run_resumes_with_its_own_settings_and_its_average_is_not_its_start(workplace):
-    """The average of a short run has nearly the loss of its last steps, as its decay ramps up."""
-    run(workplace, "train.py", *TINY, "--max_iters=60", "--ema=0.999", "--learning_rate=3e-3", "--log_interval=60")
-    loss, val_loss = (read_log(workplace / "out", key)[60] for key in ("loss", "val_loss"))
-    assert abs(val_loss - loss) < 0.3
-    run(workplace, "train.py", "--init_from=resume", "--max_iters=61", "--log_interval=1")
-    settings = json.loads((workplace / "out" / "run.json").read_text())["settings"]
-    assert settings["learning_rate"] == 3e-3 and settings["n_embd"] == 32 and settings["max_iters"] == 61
-    assert read_log(workplace / "out", "lr")[61] == 3e-3
-    (workplace / "out" / "run.json").write_text('{"settings": {"learning_rate": "fast"}}')
-    done = run(workplace, "train.py", "--init_from=resume", ok=False)
-    assert "out/run.json is damaged: learning_rate is 'fast'" in done.stderr
+MOMENTS = [
+    (optim.MovingAverage, "update", 7),  # after the weights, before their average
+    (model.HRM, "loss_sum", 5),
+    (checkpoint, "save_file", 2),  # between the two files of the first checkpoint
+    (checkpoint, "save_file", 4),
+    (os, "fsync", 9),
+    (Path, "rename", 2),
+]
 
 
-def test_threads_follow_the_load(monkeypatch):
-    """Threads that wait for a core become fewer; after a minute all are tried again. A number set by the user stays."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    clock, waited, n = [0.0], [0.0], [4]
-    monkeypatch.setattr(devices.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(ThreadsByLoad, "_waited", lambda self: waited[0])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: n[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda new: n.__setitem__(0, new))
-    threads = ThreadsByLoad()
-    threads.fixed = False  # where there is no /proc too
-    told, numbers = [], []
-    for second in range(1, 70):
-        clock[0], waited[0] = second, waited[0] + (1.1 if second == 3 else 0.05)
-        told.append(threads.adapt(torch.device("cpu")))
-        numbers.append(n[0])
-    assert numbers == [4] * 2 + [2] * 61 + [4] * 6 and [x for x in told if x] == [2]
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert ThreadsByLoad().fixed
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[1]}-{m[2]}")
+def test_a_run_that_ends_anywhere_goes_on_to_the_same_weights(run, place, whole, monkeypatch, moment):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_at_call(patch, *moment)
+        run("train.py", *RUN)
+    if checkpoint.checkpoints("out"):
+        assert "resuming out/step-" in run("train.py", "--init_from=resume")
+        assert_same(place / "out", whole)
+    else:
+        with pytest.raises(SystemExit, match="there is no checkpoint in out to resume from"):
+            run("train.py", "--init_from=resume")
 
 
-def test_cpus_that_multiply_bf16_train_in_it_by_default(workplace):
-    said = run(workplace, "train.py", *TINY, "--dtype=auto", "--max_iters=20", "--log_interval=1").stdout
-    assert f", {'bfloat16' if cpu_multiplies_bf16() else 'float32'}, compile" in said
-    losses = read_log(workplace / "out")
-    assert losses[20] < 0.9 * losses[1]
-    assert {w.dtype for w in checkpoint(workplace / "out")["model"].values()} == {torch.float32}
+KILLED = """
+import os, runpy, signal, sys
+import {module}
+function, n = {module}.{name}, 0
+
+def dying(*args, **kwargs):
+    global n
+    n += 1
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if n == {n} and first and os.environ.get("RANK", "0") == "{rank}":
+        os.kill(os.getpid(), signal.SIG{sign})
+    return function(*args, **kwargs)
+
+{module}.{name} = dying
+sys.argv = ["train.py", *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
-def test_sample_and_eval_use_the_checkpoint(workplace):
-    run(workplace, "train.py", *TINY, "--max_iters=10")
-    run(workplace, "eval.py", "--max_new_tokens=8")
-    result = json.loads((workplace / "out" / "eval.json").read_text())["tasks"]["heldout"]
-    assert result["count"] == 20 and 0 <= result["accuracy"] + result["invalid"] <= 1
-    shutil.rmtree(workplace / "data")  # out/ is enough for the others
-    run(workplace, "eval.py", "--tasks=problems", "--save_generations=True", "--limit=7", "--max_new_tokens=8")
-    rows = [json.loads(line) for line in (workplace / "out" / "generations-problems.jsonl").read_text().splitlines()]
-    assert len(rows) == 7 and all(r["score"] in (0, 1) and not r["over_long"] for r in rows)
-    questions = [{"question": "What is 3 + 4?", "answer": "3+4=<<3+4=7>>7\n#### 7"}] * 3
-    (workplace / "gsm8k").mkdir()
-    (workplace / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    shown = run(workplace, "eval.py", "--tasks=gsm8k", "--data_dir=.", "--max_new_tokens=8").stdout
-    assert "gsm8k" in shown and "invalid" in shown
-    (workplace / "question.txt").write_text("How many?")
-    sampled = [
-        run(workplace, "sample.py", f"--prompt={p}", "--max_new_tokens=9", "--num_samples=2", "--temperature=1.").stdout
-        for p in ("How many?", "FILE:question.txt", "How many?")
-    ]
-    assert sampled[0] == sampled[1].replace("FILE:question.txt", "How many?") == sampled[2]
-    assert sampled[0].count("--- sample") == 2
-    interactive = command("sample.py", "--interactive=True", "--max_new_tokens=4")
-    asked = subprocess.run(interactive, cwd=workplace, env=ENV, input="One?\nTwo?\n", capture_output=True, text=True)
-    assert asked.returncode == 0 and asked.stdout.count("---") == 2
+def start(place, *args, ranks=1, restarts=0, **killed):
+    """train.py in processes of its own, one of which gets a signal at a call of a function."""
+    script = str(ROOT / "train.py")
+    if killed:
+        options = {"rank": 0, "script": script, **killed}
+        (place / "killed.py").write_text(KILLED.format(**options))
+        script = "killed.py"
+    command = [sys.executable, script]
+    if ranks > 1:
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}"
+        command = [sys.executable, *torchrun.split(), f"--max-restarts={restarts}", script]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *args], cwd=place, env=env, capture_output=True, text=True)
 
 
-def test_fine_tuning_starts_from_the_averaged_weights(workplace):
-    run(workplace, "train.py", *TINY, "--max_iters=10", "--ema=0.9")
-    still = ["--learning_rate=0.0", "--max_iters=1", "--bp_min=5", "--out_dir=tuned", "--init_from=out"]
-    run(workplace, "train.py", *TINY, *still, "--n_embd=64")  # the shape is the model's own
-    tuned = checkpoint(workplace / "tuned")["model"]
-    before, after = (read_log(workplace / name, "val_loss") for name in ("out", "tuned"))
-    assert after[1] == pytest.approx(before[10], rel=1e-6)
-    run(workplace, "train.py", *TINY, *still[1:-1], "--max_iters=3", "--n_embd=64", "--init_from=resume")
-    assert checkpoint(workplace / "tuned")["iter"] == 3
-    start = {**checkpoint(workplace / "out")["model"], **averages(workplace / "out")}
-    for key, w in tuned.items():
-        assert torch.equal(w, start[key]), key
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_weights(place, whole):
+    done = start(place, *RUN, module="optim", name="AdamATan2.step", n=10, sign="KILL")
+    assert done.returncode == -signal.SIGKILL
+    assert start(place, "--init_from=resume").returncode == 0
+    assert_same(place / "out", whole)
 
 
-def test_another_tokenizer_or_other_data_are_refused(workplace):
-    run(workplace, "train.py", *TINY, "--max_iters=1")
-    rows = "".join(json.dumps({"instruction": f"{i}?", "response": f"{i}!"}) + "\n" for i in range(50))
-    (workplace / "rows.jsonl").write_text(rows)
-    run(workplace, "data.py", "--dataset=other", "--source=rows.jsonl")
-    done = run(workplace, "train.py", *TINY, "--dataset=other", "--init_from=resume", ok=False)
-    assert "is not the data that the run had" in done.stderr and "Traceback" not in done.stderr
-    run(workplace, "data.py", "--dataset=bpe", "--source=problems", "--n_problems=99", "--tokenizer=train:263")
-    done = run(workplace, "train.py", *TINY, "--dataset=bpe", "--init_from=out", "--out_dir=tuned", ok=False)
-    assert "out (bytes, 263 ids) and data/bpe (train:263" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_number_of_ranks_does_not_change_the_result(place, whole, ranks):
+    done = start(place, *RUN, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved out/step-0000012") == 1
+    assert_same(place / "out", whole, exactly=False)
 
 
-def test_bench_measures_and_says_so(workplace):
-    small = "--n_layer=2 --n_head=2 --n_embd=32 --vocab_size=300 --block_size=256 --batch_size=1 --n_prompts=3"
-    small += " --max_new_tokens=4 --rounds=1 --peer=False --compile=False --device=cpu --tokenizer=bytes --data_mb=1"
-    done = run(workplace, "bench.py", "train", "decode", "data", *small.split())
-    tables = json.loads((workplace / "bench.json").read_text())["tables"]
-    assert tables.keys() == {"train", "decode", "data"} and "kept for the backward pass" in done.stdout
-    assert all(value > 0 for value in tables["train"]["ours"].values())
-    assert tables["data"]["data.py"]["of tiktoken"] > 0 and tables["decode"]["3 prompts: ours"]["tokens/s"] > 0
-    failed = run(workplace, "bench.py", "trian", ok=False)
-    assert failed.stderr.splitlines() == ["bench.py: there is no task trian, only all, train, decode, data, compile"]
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_a_restart_resumes(place, whole):
+    dies = dict(module="optim", name="AdamATan2.step", n=10, sign="KILL", rank=1)
+    done = start(place, *RUN, ranks=2, restarts=1, **dies)
+    assert done.returncode == 0 and "resuming out/step-0000008" in done.stdout, done.stderr
+    assert_same(place / "out", whole, exactly=False)
 
 
-def test_parts_of_bench_gpu(workplace):
-    """Without a card its parts give figures too, or say why not; one that fails is told, and the others go on."""
-    small = "--n_layer=2 --n_head=2 --n_embd=32 --vocab_size=300 --block_size=128 --sizes=(1,2,4,8) --rows=1".split()
-    small += "--n_prompts=3 --max_new_tokens=6 --compile=False --device=cpu --dtype=float32".split()
-    run(workplace, "bench_gpu.py", *small)
-    content = json.loads((workplace / "bench_gpu.json").read_text())
-    tables = content["tables"]
-    assert list(tables) == "correct gemm flex step inputs blocks long profile decode all-reduce".split()
-    assert not content["failed"] and tables["flex"]["flex"] == {"result": "needs cuda"}
-    assert tables["correct"]["bfloat16, sdpa"]["gradients"] > 0
-    assert [list(tables[part]) for part in ("step", "inputs", "blocks", "long")] == [
-        [f"micro-batches of {size}" for size in sizes] for sizes in ([1, 2, 4, 8], [4, 8], [8], [2])
-    ]
-    assert all(row["tokens/s"] > 0 and row["of the GEMM rate"] > 0 for row in tables["step"].values())
-    assert [row["tokens/s"] > 0 for row in tables["decode"].values()] == [True, True]
-    failed = run(workplace, "bench_gpu.py", *small, "--n_head=3", "--parts=profile,flex", ok=False)
-    assert "part profile failed: n_embd (32) must be a multiple" in failed.stdout and "needs cuda" in failed.stdout
-    assert failed.stderr.splitlines() == ["bench_gpu.py: not all parts have run: profile"]
-    failed = run(workplace, "bench_gpu.py", "--parts=gem", ok=False)
-    assert failed.stderr.startswith("bench_gpu.py: there is no part gem, only correct, gemm")
+@pytest.mark.slow
+def test_ranks_stop_together(place, whole):
+    """One of them gets the signal; all end after the same step."""
+    stops = dict(module="optim", name="AdamATan2.step", n=5, sign="TERM", rank=1)
+    done = start(place, *RUN, ranks=2, **stops)
+    assert done.returncode == 0 and "stopped; to go on" in done.stdout, done.stderr
+    assert checkpoint.latest_checkpoint(place / "out").name == "step-0000006"
+    assert start(place, "--init_from=resume", ranks=2).returncode == 0
+    assert_same(place / "out", whole, exactly=False)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_saves_and_stops(run, place, whole, monkeypatch, name):
+    step = optim.AdamATan2.step
+
+    def signalled(self):
+        step(self)
+        if self.state[self.param_groups[0]["params"][-1]]["step"] == 5:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim.AdamATan2, "step", signalled)
+        said = run("train.py", *RUN)
+    assert "saved out/step-0000005" in said and "stopped; to go on" in said
+    run("train.py", "--init_from=resume")
+    for key, value in load_file("out/step-0000012/model.safetensors").items():
+        assert torch.equal(value, load_file(whole / "step-0000012" / "model.safetensors")[key])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_number_of_micro_batches_does_not_change_the_result(run, place, whole, size):
+    run("train.py", *RUN, f"--micro_batch_size={size}")
+    assert_same(place / "out", whole, exactly=False)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(run, place, whole):
+    run("train.py", *RUN)
+    path = place / "out" / "step-0000012" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    said = run("train.py", "--init_from=resume")
+    assert "step-0000012 cannot be read" in said and "resuming out/step-0000008" in said
+    assert_same(place / "out", whole)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, place, whole, monkeypatch):
+    save, calls = checkpoint.save_file, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 4:  # in the second checkpoint
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    said = run("train.py", *RUN)
+    assert "out/step-0000008 cannot be written: [Errno 28] No space left" in said
+    assert [path.name for path in checkpoint.checkpoints("out")] == ["step-0000004", "step-0000012"]
+    assert_same(place / "out", whole)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_before_a_checkpoint_holds_it(run, place, monkeypatch, what):
+    loss_sum, calls = model.HRM.loss_sum, []
+
+    def spoiled(self, *args):
+        loss = loss_sum(self, *args)
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 7 and what == "loss":
+            loss = loss * torch.nan
+        if sum(calls) == 7 and loss.requires_grad:
+            loss.register_hook(lambda grad: grad * torch.inf)
+        return loss
+
+    monkeypatch.setattr(model.HRM, "loss_sum", spoiled)
+    good = "the last good checkpoint is out/step-0000004"
+    with pytest.raises(SystemExit, match=f"step 7: loss .*; {good}"):
+        run("train.py", *RUN)
+    assert [path.name for path in checkpoint.checkpoints("out")] == ["step-0000004"]
+
+
+def test_a_huge_rate_ends_the_run(run, place):
+    with pytest.raises(SystemExit, match="step .*: loss nan|step .*: loss inf|gradient norm"):
+        run("train.py", *RUN, "--learning_rate=1e30", "--warmup_iters=0")
+
+
+def test_a_run_is_never_overwritten(run, place):
+    run("train.py", *RUN, "--max_iters=2")
+    before = load_file("out/step-0000002/model.safetensors")
+    with pytest.raises(SystemExit, match="out holds a run already: --init_from=resume continues"):
+        run("train.py", *RUN, "--seed=2")
+    after = load_file("out/step-0000002/model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_what_cannot_change_in_a_run_is_told(run, place):
+    run("train.py", *RUN, "--max_iters=2")
+    for change in "block_size=128", "n_layer=4", "dataset=other", "seed=2", "loss_on=all":
+        key = change.partition("=")[0]
+        with pytest.raises(SystemExit, match=f"the run in out has {key}=.*cannot go on with another"):
+            run("train.py", "--init_from=resume", f"--{change}")
+    said = run("train.py", "--init_from=resume", "--max_iters=3", "--learning_rate=1e-4")
+    assert "saved out/step-0000003" in said
+
+
+def test_a_mistake_ends_with_a_sentence(run, place):
+    for arg, sentence in {
+        "--dataset=none": "python data.py --dataset=... --source=...",
+        "--device=tpu": "there is no device tpu",
+        "--init_from=nowhere": "there is no model in nowhere",
+        "--init_from=resume": "there is no checkpoint in out to resume from",
+    }.items():
+        with pytest.raises(SystemExit, match=sentence):
+            run("train.py", *RUN, arg)
+    assert not Path("out").exists()
+
+
+def test_fine_tuning_starts_from_the_averaged_weights_of_another_run(run, place):
+    run("train.py", *RUN, "--max_iters=2", "--out_dir=base")
+    args = ["--max_iters=1", "--learning_rate=0.0", "--weight_decay=0.0", "--n_layer=8"]
+    run("train.py", *RUN, *args, "--init_from=base", "--out_dir=tuned")
+    base = load_file("base/step-0000002/model.safetensors")
+    tuned = load_file("tuned/step-0000001/model.safetensors")
+    assert base.keys() == tuned.keys()  # the shape is the base's
+    assert all(torch.equal(base[key], tuned[key]) for key in base)
+    with pytest.raises(SystemExit, match="block_size is 512, and base has 256"):
+        run("train.py", *RUN, "--init_from=base", "--out_dir=tuned2", "--block_size=512")
+    path = Path("base/step-0000002/tokenizer.json")
+    path.write_text(path.read_text().replace("<|box_end|>", "<|another|>"))
+    with pytest.raises(SystemExit, match="data/problems has another tokenizer than base"):
+        run("train.py", *RUN, "--init_from=base", "--out_dir=tuned2")
+
+
+def test_another_optimizer_takes_two_lines(run, place, monkeypatch):
+    """torch's AdamW, with the average kept: checkpoints, resuming and sampling still work."""
+    text = (ROOT / "train.py").read_text()
+    line = re.search(r"optimizer = AdamATan2\((\n.*){5}\n\)", text)[0]
+    new = line.replace("AdamATan2", "torch.optim.AdamW").replace("compile=compile", "fused=False")
+    Path("train_adamw.py").write_text(text.replace(line, new))
+    monkeypatch.syspath_prepend(str(ROOT))
+    script = Path("train_adamw.py").absolute()
+    run(script, *RUN, "--out_dir=whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_at_call(patch, optim.MovingAverage, "update", 10)
+        run(script, *RUN)
+    run(script, "--init_from=resume")
+    assert_same(place / "out", place / "whole")
+    assert "---" in run("sample.py", "--max_new_tokens=3", "--prompt=2+2?")
+
+
+def test_the_schedules_in_the_log(run, place):
+    args = ["--max_iters=20", "--log_interval=1", "--warmup_iters=4", "--decay=0.5", "--bp_warmup=0.5"]
+    run("train.py", *RUN, *args, "--learning_rate=1.0e-3")
+    entries = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "loss" in entry]
+    assert [e["bp_steps"] for e in entries] == [2] * 4 + [3] * 3 + [4] * 3 + [5] * 10
+    rates = [e["lr"] / 1e-3 for e in entries]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[10:] == pytest.approx([1.0 - 0.1 * i for i in range(10)])
+
+
+def test_validation_answers_held_out_questions(run, place):
+    said = run("train.py", *RUN, "--max_iters=1", "--sample_prompts=2")
+    assert len(re.findall(r"^  .* -> ", said, re.M)) == 2
+    assert re.search(r"step 1: validation loss \d\.\d{4}, token accuracy", said)
