@@ -622,14 +622,18 @@ def heldout(directory, limit):
     """
     path = Path(directory, "train.json")
     if not path.exists():
-        sys.exit(f"{directory} is no run of train.py, with held-out documents: give --prompt=... or --tasks=...")
-    dataset = Path("data", json.loads(path.read_text())["settings"]["dataset"])
+        hint = "give --prompt=... or --tasks=..."
+        sys.exit(f"{directory} is no run of train.py, with held-out documents: {hint}")
+    run = json.loads(path.read_text())
+    dataset = Path("data", run["settings"]["dataset"])
+    splits = read_meta(dataset)["splits"]
     theirs, own = Path(dataset, "tokenizer.json"), Path(directory, "tokenizer.json")
-    if not theirs.exists() or theirs.read_bytes() != own.read_bytes():
-        sys.exit(f"{dataset}, on which {directory} was trained, is not here or has changed")
+    n_tokens = run["loader"]["data"][1]  # of the training data
+    if theirs.read_bytes() != own.read_bytes() or splits["train"]["tokens"] != n_tokens:
+        sys.exit(f"{dataset}, on which {directory} was trained, has changed")
     tokenizer = load_tokenizer(dataset)
     loader = Loader(dataset, "val", rows=1, block_size=2**30)
-    n_documents = read_meta(dataset)["splits"]["val"]["documents"]
+    n_documents = splits["val"]["documents"]
     documents = [loader.document(d) for d in range(n_documents)]
     # a document that data.py has cut has no eoa
     whole = [(ids, n) for ids, n in documents if ids[-1] == tokenizer.id_of["eoa"]]

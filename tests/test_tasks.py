@@ -382,11 +382,18 @@ def test_held_out_questions_are_the_validation_documents(place):
     dataset, run = place / "data" / "problems", place / "out"
     run.mkdir()
     assert "no run of train.py" in refusal(run)
-    (run / "train.json").write_text('{"settings": {"dataset": "problems"}}')
+
+    def write_run(n_tokens):
+        state = {"settings": {"dataset": "problems"}, "loader": {"data": [300, n_tokens]}}
+        (run / "train.json").write_text(json.dumps(state))
+
     tokenizer = (dataset / "tokenizer.json").read_text()
-    (run / "tokenizer.json").write_text(tokenizer + " ")
-    assert f"problems, on which {run} was trained, is not here or has changed" in refusal(run)
-    (run / "tokenizer.json").write_text(tokenizer)
+    n_tokens = json.loads((dataset / "meta.json").read_text())["splits"]["train"]["tokens"]
+    for text, n in (tokenizer + " ", n_tokens), (tokenizer, n_tokens + 1):
+        (run / "tokenizer.json").write_text(text)
+        write_run(n)
+        assert f"problems, on which {run} was trained, has changed" in refusal(run)
+    write_run(n_tokens)
     tokenizer = tasks.load_tokenizer(dataset)
     rows = load_questions("problems", None)[:20]
     expected = [q._replace(prompt=tokenizer.prompt(q.prompt, "cot")) for q in rows]
