@@ -325,7 +325,7 @@ print0(f"{n_params:,} parameters, {world_size} x {card}, {compute_dtype}")
 
 bar = tqdm(total=max_iters, initial=state["iter"], disable=None if master else True)
 batches = prefetch(train_loader, device)
-pending = []  # (step, its loss, accuracy, gradient norm and number of signals) not yet looked at
+pending = []  # (step, its sums and gradient norm), not yet looked at
 mark = None  # time, step and tokens from which speed counts: the first interval holds compilation
 step = state["iter"]
 raw_model.train()
@@ -336,16 +336,18 @@ while step < max_iters:
     bp_steps = bp_steps_at(step)
     torch.manual_seed(seed + step * world_size + rank)  # dropout of yours draws the same on resume
     optimizer.zero_grad(set_to_none=True)
-    stats = torch.zeros(3, device=device)
+    # sums over micro-batches and ranks, all of which are logged
+    sums = {key: torch.zeros((), device=device) for key in ("loss", "accuracy", "signals")}
     parts = list(micro_batches(batch))
     for i, (part, n_targets) in enumerate(parts):
         if ddp:
             model.require_backward_grad_sync = i == len(parts) - 1
         loss = model(*part, bp_steps=bp_steps)[1] * n_targets / batch.n_targets
         (loss * world_size).backward()  # DDP takes the mean over ranks
-        stats[0] += loss.detach()
-        stats[1] += raw_model.correct.sum() / batch.n_targets
-    stats[2] += n_signals
+        sums["loss"] += loss.detach()
+        sums["accuracy"] += raw_model.correct.sum() / batch.n_targets
+    sums["signals"] += n_signals
+    stats = torch.stack(list(sums.values()))
     if ddp:
         dist.all_reduce(stats)
     grads = [p.grad for p in raw_model.parameters() if p.grad is not None]
@@ -372,12 +374,14 @@ while step < max_iters:
     numbers, values = zip(*pending)
     values = torch.stack(values).tolist()
     pending.clear()
-    for number, (loss, *_, grad_norm) in zip(numbers, values):
+    for number, value in zip(numbers, values):
+        entry = dict(zip([*sums, "grad_norm"], value))
+        loss, grad_norm = entry["loss"], entry["grad_norm"]
         if not isfinite(loss + grad_norm):
             good = f"the last good checkpoint is {latest_checkpoint(out_dir)}"
             what = f"step {number}: loss {loss}, gradient norm {grad_norm}; {good}"
             sys.exit(what if master else 1)
-    loss, accuracy, n_signals_of_all, grad_norm = values[-1]
+    n_signals_of_all = entry.pop("signals")
     stop = n_signals_of_all if ddp else n_signals  # ranks must agree
     speed, speed_text = 0.0, ""
     if mark:
@@ -389,9 +393,7 @@ while step < max_iters:
     if peak_flops:
         mfu = raw_model.flops_per_token(bp_steps) * speed / world_size / peak_flops
     log(
-        loss=loss,
-        accuracy=accuracy,
-        grad_norm=grad_norm,
+        **entry,
         lr=lr,
         bp_steps=bp_steps,
         tokens=state["tokens"],
@@ -399,7 +401,7 @@ while step < max_iters:
         mfu=mfu,
     )
     print0(
-        f"step {step}: loss {loss:.4f}, token accuracy {accuracy:.1%}, lr {lr:.2e}, "
+        f"step {step}: loss {loss:.4f}, token accuracy {entry['accuracy']:.1%}, lr {lr:.2e}, "
         f"bp_steps {bp_steps}{speed_text}"
     )
     if eval_now:
