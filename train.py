@@ -309,10 +309,16 @@ for name in "SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP":
 
 Path(out_dir).mkdir(parents=True, exist_ok=True)
 log_path = Path(out_dir, "log.jsonl")
-if master and log_path.exists():  # without the steps that are trained again
-    lines = log_path.read_text().splitlines()
-    lines = [line for line in lines if json.loads(line)["iter"] <= state["iter"]]
-    log_path.write_text("".join(f"{line}\n" for line in lines))
+if master and log_path.exists():  # drop the steps that are trained again
+    kept = []
+    for line in log_path.read_text().splitlines():
+        try:
+            if json.loads(line)["iter"] <= state["iter"]:
+                kept.append(f"{line}\n")
+        except ValueError:
+            pass  # a kill or a full disk has cut the line
+    Path(out_dir, "log.part").write_text("".join(kept))
+    Path(out_dir, "log.part").replace(log_path)
 if wandb_log and master:
     import wandb
 

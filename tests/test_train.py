@@ -187,6 +187,15 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(run, place, whole):
     assert_same(place / "out", whole)
 
 
+def test_a_line_of_the_log_that_was_cut_does_not_stop_resuming(run, place, whole):
+    run("train.py", *RUN)
+    path = Path("out/log.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines) + '\n{"iter": 12, "lo')
+    run("train.py", "--init_from=resume")
+    assert path.read_text().splitlines() == lines
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, place, whole, monkeypatch):
     save, calls = checkpoint.save_file, []
 
